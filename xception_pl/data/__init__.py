@@ -1,0 +1,1 @@
+"""From a dataset to device batches: plan, stream, decode, augment."""

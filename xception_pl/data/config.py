@@ -1,0 +1,58 @@
+"""What a recipe may say about its data. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where images come from, how they are cropped and changed, and how many make a batch."""
+
+    source: str = "ILSVRC/imagenet-1k"
+    """Hub dataset id, folder or file of Parquet, image folder, or `sample`: the images that ship with the package."""
+    revision: str | None = None
+    """Git revision of a hub dataset: pin a commit for a reproduction."""
+    train_split: str = "train"
+    """Name of the training split."""
+    val_split: str = "validation"
+    """Name of the held-out split."""
+    image_column: str = "image"
+    """Column of the images."""
+    label_column: str = "label"
+    """Column of the labels (of label lists, with optim.loss sigmoid)."""
+    train_images: int | None = None
+    """Expected images of the training split; null counts them. Lets a dry run plan without the source; checked against it."""
+    val_images: int | None = None
+    """Expected images of the held-out split; null counts them."""
+    image_size: int = 299
+    """Side of the network's input in pixels, at least 71."""
+    global_batch: int = 256
+    """Images an optimiser step, over all devices and accumulated batches."""
+    eval_batch: int = 64
+    """Images a device and step in evaluation."""
+    shuffle_window: int = 16384
+    """Images among which the order is random; larger is closer to a perfect shuffle and holds more in memory."""
+    workers: int = 2
+    """Loader processes per device; 0 loads in the training process."""
+    prefetch: int = 4
+    """Batches each worker holds ready."""
+    train_crop: Literal["inception", "resize", "timm"] = "inception"
+    """Training crop: `inception` TF-Slim's random box, `timm` RandomResizedCrop of 8-100 %, `resize` the whole image."""
+    crop_area_min: float = 0.05
+    """Smallest area of the random box as a share of the image (TF-Slim 0.05, timm 0.08)."""
+    eval_crop: Literal["tf-slim", "keras", "timm", "resize"] = "tf-slim"
+    """Evaluation crop: central 87.5 % of each side; Keras' resize; timm's 0.8975 bicubic; or the whole image."""
+    flip: bool = True
+    """Random horizontal flips in training."""
+    color: Literal["none", "fast", "full"] = "none"
+    """TF-Slim's colour distortion: `fast` brightness and saturation, `full` hue and contrast too, in its four orders."""
+    randaugment: int = 0
+    """RandAugment operations an image; 0 is off."""
+    randaugment_magnitude: float = 9.0
+    """Strength of RandAugment's operations, 0 to 10."""
+    mixup: float = 0.0
+    """Alpha of mixup's Beta distribution; 0 is off."""
+    cutmix: float = 0.0
+    """Alpha of CutMix's Beta distribution; 0 is off."""
+    random_erasing: float = 0.0
+    """Probability that a random rectangle of a training image is erased."""

@@ -1,0 +1,1 @@
+"""Networks: pure torch, importable without Lightning and without datasets."""

@@ -1,0 +1,38 @@
+"""What a recipe may say about the network. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The network and how it is laid out in memory. Defaults are the paper's Xception on ImageNet."""
+
+    name: str = "xception"
+    """`xception`, or the name of any timm model, for example `inception_v3`, `resnet152`, `vgg16`."""
+    num_classes: int = 1000
+    """Outputs of the logistic layer."""
+    in_chans: int = 3
+    """Channels of the input image: 3 for colour, 1 for grayscale."""
+    dropout: float = 0.5
+    """Probability of dropping a feature before the logistic layer (section 4.2)."""
+    width: float = 1.0
+    """Multiplies every channel count of Figure 5 (xception only)."""
+    middle_blocks: int = 8
+    """Blocks of the middle flow (xception only)."""
+    residual: bool = True
+    """Shortcut connections on or off, Figure 9 (xception only)."""
+    intermediate_activation: Literal["none", "relu", "elu"] = "none"
+    """Between depthwise and pointwise convolution, Figure 10 (xception only)."""
+    segments: int | None = None
+    """Channel segments of the spatial convolution: 1 is a regular convolution, null one a channel (xception only)."""
+    fc_units: tuple[int, ...] = ()
+    """Units of the fully-connected layers before the logistic layer, for JFT [4096, 4096] (xception only)."""
+    output_stride: Literal[8, 16, 32] = 32
+    """Input pixels per pixel of the last feature map, by dilation (xception only)."""
+    grad_checkpointing: bool = False
+    """Recompute the blocks' activations in the backward pass, to save memory."""
+    channels_last: bool = True
+    """NHWC memory layout of weights and activations."""
+    compile: bool = False
+    """Run the network through torch.compile."""

@@ -1,0 +1,1 @@
+"""What happens around training: the run folder, signals, progress, figures."""
