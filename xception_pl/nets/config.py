@@ -36,3 +36,20 @@ class ModelConfig:
     """NHWC memory layout of weights and activations."""
     compile: bool = False
     """Run the network through torch.compile."""
+
+
+def check(config: ModelConfig) -> list[str]:
+    """What is impossible in these values: one sentence each. Whether a timm name exists is known when the network is built."""
+    problems = []
+    least = {"num_classes": 1, "in_chans": 1, "middle_blocks": 0}
+    for name, lowest in least.items():
+        if getattr(config, name) < lowest:
+            problems.append(f"model.{name} must be at least {lowest}, not {getattr(config, name)}.")
+    if not 0 <= config.dropout < 1:
+        problems.append(f"model.dropout must be at least 0 and below 1, not {config.dropout}.")
+    if config.width <= 0:
+        problems.append(f"model.width must be above 0, not {config.width}.")
+    if config.segments is not None and config.segments < 1:
+        problems.append(f"model.segments must be at least 1, or null for one a channel, not {config.segments}.")
+    problems += [f"model.fc_units must hold sizes of at least 1, not {units}." for units in config.fc_units if units < 1]
+    return problems

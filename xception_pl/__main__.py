@@ -1,0 +1,17 @@
+"""`python -m xception_pl`: the list of commands."""
+
+COMMANDS = {
+    "fit": "train what a recipe describes",
+    "spectrum": "cost of each number of channel segments, from Inception to Xception",
+    "bench": "measure decoding and data loading beside timm and torchvision",
+}
+
+
+def main() -> None:
+    print("usage: python -m xception_pl.COMMAND …; each takes --help\n")
+    for name, text in COMMANDS.items():
+        print(f"  python -m xception_pl.{name:<12}{text}")
+
+
+if __name__ == "__main__":
+    main()

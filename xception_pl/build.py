@@ -1,0 +1,174 @@
+"""From a recipe to the objects that train it."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from xception_pl.data.datamodule import ImageNetDataModule
+from xception_pl.module import XceptionModule
+from xception_pl.recipe import Recipe, RecipeError, flat, to_plain
+from xception_pl.run.checkpoints import AtomicCheckpointIO, Checkpoints
+from xception_pl.run.config import TrainerConfig
+from xception_pl.run.interrupt import SignalFlag
+from xception_pl.run.log import RunLog
+from xception_pl.run.metrics_csv import MetricsCsv
+from xception_pl.run.progress import ProgressLine
+
+
+def build_data(recipe: Recipe) -> ImageNetDataModule:
+    """The data that a recipe names; nothing is read yet."""
+    return ImageNetDataModule(
+        recipe.data,
+        seed=recipe.seed,
+        in_chans=recipe.model.in_chans,
+        num_classes=recipe.model.num_classes,
+        multi_label=recipe.optim.loss == "sigmoid",
+        accumulate=recipe.trainer.accumulate_grad_batches,
+    )
+
+
+def build_module(
+    recipe: Recipe, *, images_per_epoch: int | None, total_steps: int | None, class_names: list[str] | None = None
+) -> XceptionModule:
+    """The network and its training; weights follow from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    return XceptionModule(
+        recipe.model,
+        recipe.optim,
+        images_per_epoch=images_per_epoch or 1,
+        global_batch=recipe.data.global_batch,
+        total_steps=total_steps or 1,
+        class_names=class_names,
+        preprocessing={"image_size": recipe.data.image_size, "eval_crop": recipe.data.eval_crop},
+    )
+
+
+def find_devices(config: TrainerConfig) -> tuple[Literal["cpu", "gpu"], int, list[str]]:
+    """Accelerator and devices a node that this machine gives, and what the recipe asks for that it does not have."""
+    gpus = torch.cuda.device_count()
+    wants_gpu = config.accelerator == "gpu" or (config.accelerator == "auto" and gpus > 0)
+    if not wants_gpu:
+        devices = 1 if config.devices == "auto" else config.devices
+        if config.precision == "16-mixed":
+            return "cpu", devices, ["trainer.precision 16-mixed needs a GPU; on a CPU choose bf16-mixed or 32-true."]
+        return "cpu", devices, []
+    devices = max(gpus, 1) if config.devices == "auto" else config.devices
+    if gpus < devices:
+        return "gpu", devices, [f"trainer.devices {devices} on trainer.accelerator gpu: this machine has {gpus} GPUs."]
+    return "gpu", devices, []
+
+
+def build_trainer(
+    recipe: Recipe, folder: Path, *, accelerator: str, devices: int, signals: SignalFlag
+) -> tuple[Trainer, RunLog]:
+    """Lightning's Trainer with this project's loggers and callbacks, writing to `folder`."""
+    config = recipe.trainer
+    _quiet()
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    log = RunLog(recipe.data.global_batch, config.log_every_n_steps)
+    callbacks: list[Callback] = [
+        StepSeed(recipe.seed),
+        log,
+        Checkpoints(folder / "checkpoints", recipe=recipe, signals=signals),
+    ]
+    if config.enable_progress_bar:
+        callbacks.append(ProgressLine(log))
+    trainer = Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=config.num_nodes,
+        strategy="ddp" if config.strategy == "ddp" or devices * config.num_nodes > 1 else "auto",
+        precision=config.precision,
+        max_epochs=config.max_epochs,
+        max_steps=config.max_steps,
+        accumulate_grad_batches=config.accumulate_grad_batches,
+        gradient_clip_val=config.gradient_clip_val,
+        gradient_clip_algorithm=config.gradient_clip_algorithm,
+        sync_batchnorm=config.sync_batchnorm,
+        deterministic=config.deterministic,
+        benchmark=config.benchmark,
+        limit_train_batches=config.limit_train_batches,
+        limit_val_batches=config.limit_val_batches,
+        check_val_every_n_epoch=config.check_val_every_n_epoch,
+        log_every_n_steps=config.log_every_n_steps,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the plan deals the rows to ranks
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        logger=build_loggers(recipe, folder),
+        default_root_dir=folder,
+    )
+    return trainer, log
+
+
+def build_loggers(recipe: Recipe, folder: Path) -> list[Logger]:
+    """`metrics.csv` always; TensorBoard and W&B as the recipe says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    loggers: list[Logger] = [MetricsCsv(folder / "metrics.csv")]
+    if recipe.run.tensorboard:
+        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+    if recipe.run.wandb is not None:
+        from lightning.pytorch.loggers import WandbLogger
+
+        loggers.append(WandbLogger(project=recipe.run.wandb, name=f"{recipe.run.name}/{folder.name}", save_dir=folder))
+    return loggers
+
+
+class StepSeed(Callback):
+    """Seeds torch before each batch from the run's seed, the step and the rank.
+
+    Dropout is then a function of the step, and a resumed run draws what an uninterrupted one would, with no random
+    state to save for each rank.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        position = (self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0]))
+
+
+def load_for_resume(path: Path, recipe: Recipe) -> list[str]:
+    """Checks that a checkpoint belongs to this recipe; returns what changed since, a line each.
+
+    Raises:
+        RecipeError: where the file is no checkpoint, or the network, seed or batch differ.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        stored = checkpoint["recipe"]
+    except Exception as error:
+        raise RecipeError([f"--resume: {path} is not a checkpoint of a run: {str(error).splitlines()[0]}"]) from error
+    changed = _differences(stored, recipe)
+    fatal = [line for line in changed if line.startswith(("seed", "model.", "data.global_batch", "data.source"))]
+    if fatal:
+        raise RecipeError([f"--resume: {path} was trained with another recipe: {line}." for line in fatal])
+    return changed
+
+
+def _differences(stored: dict[str, Any], recipe: Recipe) -> list[str]:
+    old, new = flat(stored), flat(to_plain(recipe))
+    names = [*new, *(name for name in old if name not in new)]
+    return [f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]
+
+
+def _quiet() -> None:
+    """Silences what Lightning says to everyone and what does not hold here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*module\\(s\\) in eval mode.*",  # the averaged network is always in eval mode
+        ".*dataloader is not resumable.*",  # ours starts at the step it is asked for
+        ".*is smaller than the logging interval.*",
+        ".*Checkpoint directory.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,189 @@
+"""XceptionModule: a network with its loss, metrics, optimiser, schedule and averaged weights."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from xception_pl.metrics import MeanAveragePrecision
+from xception_pl.nets.config import ModelConfig
+from xception_pl.nets.create import create_network
+from xception_pl.optim.averaging import PolyakAverage
+from xception_pl.optim.config import OptimConfig
+from xception_pl.optim.create import create_optimizer
+from xception_pl.optim.losses import loss_function
+from xception_pl.optim.schedules import learning_rate
+
+
+class XceptionModule(LightningModule):
+    """Trains a network as the paper does (section 4.3) and evaluates its averaged weights.
+
+    Batches are dictionaries: `image` float (B, C, S, S) in [-1, 1], `label` int64 (B,) or multi-hot (B, K),
+    optionally `target` soft labels (B, K) for the loss, and in evaluation `valid` bool (B,).
+
+    Args:
+        model: The network; a mapping of ModelConfig's keys will do.
+        optim: Optimiser, schedule and loss; a mapping of OptimConfig's keys will do.
+        images_per_epoch: Training images an epoch, of which the schedule in epochs is made.
+        global_batch: Images an optimiser step, over all devices.
+        total_steps: Optimiser steps of the whole training, the length of a cosine schedule.
+        class_names: Names of the classes, kept with the weights.
+        preprocessing: How evaluation images were prepared (`image_size`, `eval_crop`), kept with the weights.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig | dict[str, Any] | None = None,
+        optim: OptimConfig | dict[str, Any] | None = None,
+        *,
+        images_per_epoch: int = 1_281_167,
+        global_batch: int = 256,
+        total_steps: int = 500_000,
+        class_names: list[str] | None = None,
+        preprocessing: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model_config = ModelConfig(**model) if isinstance(model, dict) else model or ModelConfig()
+        self.optim_config = OptimConfig(**optim) if isinstance(optim, dict) else optim or OptimConfig()
+        self.model_config.fc_units = tuple(self.model_config.fc_units)
+        # Only YAML's types: a checkpoint must load with weights_only=True and with no further argument.
+        self.save_hyperparameters(
+            {
+                "model": asdict(self.model_config) | {"fc_units": list(self.model_config.fc_units)},
+                "optim": asdict(self.optim_config),
+                "images_per_epoch": images_per_epoch,
+                "global_batch": global_batch,
+                "total_steps": total_steps,
+                "class_names": class_names,
+                "preprocessing": preprocessing,
+            }
+        )
+        self.class_names = class_names
+        self.network = create_network(self.model_config)
+        if self.model_config.channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        self.average = PolyakAverage(self.network, self.optim_config.ema_decay) if self.optim_config.ema_decay else None
+        self.loss = loss_function(self.optim_config)
+        self.train_metrics, self.val_metrics = self._metrics(), self._metrics()
+        self.train_loss, self.val_loss = MeanMetric(), MeanMetric()
+
+    def _metrics(self) -> nn.ModuleDict:
+        classes = self.model_config.num_classes
+        if self.optim_config.loss == "sigmoid":
+            return nn.ModuleDict({"map100": MeanAveragePrecision(num_classes=classes)})
+        return nn.ModuleDict(
+            {
+                f"top{k}": MulticlassAccuracy(classes, average="micro", top_k=min(k, classes), validate_args=False)
+                for k in (1, 5)
+            }
+        )
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What is evaluated, exported and used for prediction: the averaged network, or the network where averaging is off."""
+        return self.network if self.average is None else self.average.network
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of optimiser step `step`, counted from 0."""
+        return learning_rate(
+            self.optim_config,
+            step,
+            images_per_epoch=self.hparams["images_per_epoch"],
+            global_batch=self.hparams["global_batch"],
+            total_steps=self.hparams["total_steps"],
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, C, S, S) in [-1, 1], from the weights that are evaluated."""
+        logits: Tensor = self.evaluated(self._layout(images))
+        return logits
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> Tensor:
+        """Probabilities (B, K) of images (B, C, H, W): uint8, or float already scaled to [-1, 1].
+
+        The whole image is seen, at the size given: crop or resize before.
+        """
+        if images.dim() != 4:
+            raise ValueError(f"predict needs images of shape (B, C, H, W), not {tuple(images.shape)}; a single one is images[None].")
+        training = self.training
+        self.eval()
+        scaled = images.to(self.device)
+        scaled = scaled.float() / 127.5 - 1 if images.dtype == torch.uint8 else scaled
+        probabilities = self._probabilities(self(scaled.to(self.dtype)))
+        self.train(training)
+        return probabilities
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        logits = logits.float()
+        return logits.sigmoid() if self.optim_config.loss == "sigmoid" else logits.softmax(dim=1)
+
+    def _layout(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self.model_config.channels_last else images
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        logits = self.network(self._layout(batch["image"]))
+        loss: Tensor = self.loss(logits, batch.get("target", batch["label"]))
+        self.train_loss.update(loss.detach())
+        self._update(self.train_metrics, logits.detach(), batch["label"])
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        logits = self(batch["image"])
+        if "valid" in batch:  # rows that only fill a short rank's batch do not count
+            logits, labels = logits[batch["valid"]], batch["label"][batch["valid"]]
+        else:
+            labels = batch["label"]
+        if len(labels):
+            self.val_loss.update(self.loss(logits.float(), labels), weight=len(labels))
+            self._update(self.val_metrics, logits.float(), labels)
+
+    @staticmethod
+    def _update(metrics: nn.ModuleDict, logits: Tensor, labels: Tensor) -> None:
+        for metric in metrics.values():
+            assert isinstance(metric, Metric)
+            metric.update(logits, labels)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Row ids and probabilities of the batch's valid rows."""
+        valid = batch.get("valid", torch.ones_like(batch["id"], dtype=torch.bool))
+        return {"id": batch["id"][valid], "probabilities": self._probabilities(self(batch["image"]))[valid]}
+
+    def on_fit_start(self) -> None:
+        if self.model_config.compile:
+            self.network.compile()  # in place: torch.compile(network) would put a prefix on every key of the state dict
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_loss", self.val_loss, logger=False)
+        self.log_dict({f"val_{name}": metric for name, metric in self.val_metrics.items()}, logger=False)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = create_optimizer(self.optim_config, self.network)
+        schedule: Callable[[int], float] = lambda step: self.learning_rate(step) / self.optim_config.lr  # noqa: E731
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"}}
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.average is not None:  # here and not at the batch's end: accumulated batches are one update
+            self.average.update(self.network)
+
+    def train_results(self) -> Iterable[tuple[str, Tensor]]:
+        """Name and value of each training metric since the last reset, over all ranks; resets them."""
+        for name, metric in [("loss", self.train_loss), *self.train_metrics.items()]:
+            assert isinstance(metric, Metric)
+            yield f"train_{name}", metric.compute()
+            metric.reset()

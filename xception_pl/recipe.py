@@ -1,0 +1,281 @@
+"""Recipes: YAML and overrides into typed, checked configuration. Imports no torch, so that help and errors come at once.
+
+A recipe is a YAML mapping with the keys of `Recipe`. `base: other.yaml` (relative to the recipe) builds on another recipe.
+"""
+
+import difflib
+import math
+import types
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import docstring_parser
+import yaml
+from jsonargparse import ArgumentParser
+
+from xception_pl.data import config as data_config
+from xception_pl.data.config import DataConfig
+from xception_pl.nets import config as nets_config
+from xception_pl.nets.config import ModelConfig
+from xception_pl.optim import config as optim_config
+from xception_pl.optim.config import OptimConfig
+from xception_pl.run import config as run_config
+from xception_pl.run.config import RunConfig, TrainerConfig
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """Everything that decides a run."""
+
+    seed: int = 0
+    """Seed of the weights, the order of the images, crops and dropout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that reads back to an equal recipe."""
+        return yaml.safe_dump(to_plain(self), sort_keys=False, width=120)
+
+    @property
+    def ranks(self) -> int | None:
+        """Processes of the job, or None where the machine decides."""
+        if self.trainer.devices == "auto":
+            return None
+        return self.trainer.devices * self.trainer.num_nodes
+
+
+class RecipeError(Exception):
+    """A user's mistakes, one sentence each, all at once."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Key:
+    """One leaf of the schema."""
+
+    name: str
+    type: Any
+    default: Any
+    doc: str
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A configuration as nested dictionaries of YAML's own types (tuples become lists)."""
+    return {key: _plain(value) for key, value in asdict(config).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def schema(config: type = Recipe, prefix: str = "") -> Iterator[Key]:
+    """The leaves of a configuration dataclass, with types, defaults and the docstrings under the fields."""
+    hints = get_type_hints(config)
+    docs = {p.arg_name: " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(config).params}
+    for item in fields(config):
+        if is_dataclass(hints[item.name]):
+            yield from schema(hints[item.name], f"{prefix}{item.name}.")
+        else:
+            assert item.default is not MISSING
+            yield Key(prefix + item.name, hints[item.name], item.default, docs[item.name])
+
+
+def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
+    """Reads a recipe, applies overrides (dotted key to text), checks everything that needs no torch.
+
+    Raises:
+        RecipeError: with one sentence for each mistake.
+    """
+    path = Path(path)
+    leaves, problems = _read_leaves(path, ())
+    leaves |= {key: (value, f"--{key}") for key, value in (overrides or {}).items()}
+    recipe, more = _typed(leaves)
+    problems += more
+    if not problems:
+        recipe.run.name = recipe.run.name or path.stem
+        problems = check(recipe)
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def recipe_from_plain(plain: dict[str, Any]) -> Recipe:
+    """The inverse of `to_plain`, as strict as `load_recipe`, without its checks of this machine."""
+    recipe, problems = _typed(dict(_flatten(plain, "", "stored recipe")))
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def check(recipe: Recipe) -> list[str]:
+    """What is wrong with the values together: one sentence each, naming the keys."""
+    problems = [
+        *nets_config.check(recipe.model),
+        *optim_config.check(recipe.optim),
+        *data_config.check(recipe.data),
+        *run_config.check(recipe.trainer, recipe.run),
+    ]
+    if not problems and recipe.ranks is not None:
+        problems += check_batch(recipe, recipe.trainer.devices)
+    return problems
+
+
+def check_batch(recipe: Recipe, devices: int | Literal["auto"]) -> list[str]:
+    """Whether the global batch divides over the devices; `devices` is the number a node that will run."""
+    assert devices != "auto"
+    nodes, accumulate = recipe.trainer.num_nodes, recipe.trainer.accumulate_grad_batches
+    if recipe.data.global_batch % (devices * nodes * accumulate) == 0:
+        return []
+    return [
+        f"data.global_batch {recipe.data.global_batch} does not divide by trainer.devices {devices} × trainer.num_nodes {nodes} × "
+        f"trainer.accumulate_grad_batches {accumulate} = {devices * nodes * accumulate}; choose a multiple of that."
+    ]
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """` Did you mean X?` for the known name closest to `name`, or nothing."""
+    ends = {key.rpartition(".")[2]: key for key in known}
+    whole = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    last = difflib.get_close_matches(name.rpartition(".")[2], list(ends), n=1, cutoff=0.6)
+    found = whole or [ends[end] for end in last]
+    return f" Did you mean {found[0]}?" if found else ""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where PyYAML would take the last in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key_node.value} stands twice", problem_mark=key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Leaves = dict[str, tuple[Any, str]]
+"""Dotted key to its value and where it was written."""
+
+
+def _read_leaves(path: Path, above: tuple[Path, ...]) -> tuple[_Leaves, list[str]]:
+    """The leaves of a recipe file over those of its base."""
+    if path.resolve() in above:
+        return {}, [f"{above[-1]}: base leads back to {path}; remove the circle."]
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except FileNotFoundError:
+        where = f"{above[-1]}: base: " if above else ""
+        return {}, [f"{where}there is no recipe {path}.{_recipes_beside(path)}"]
+    except (OSError, UnicodeDecodeError) as error:
+        return {}, [f"{path} cannot be read as a recipe: {error}."]
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        return {}, [f"{path}{line}: not valid YAML: {error.problem}."]
+    except yaml.YAMLError as error:
+        return {}, [f"{path} is not valid YAML: {' '.join(str(error).split())}."]
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        return {}, [f"{path} must be a mapping of keys to values, not {type(content).__name__}."]
+    leaves: _Leaves = {}
+    problems: list[str] = []
+    base = content.pop("base", None)
+    if base is not None:
+        if isinstance(base, str):
+            leaves, problems = _read_leaves(path.parent / base, (*above, path.resolve()))
+        else:
+            problems = [f"{path}: base must be the path of another recipe, not {base!r}."]
+    leaves |= dict(_flatten(content, "", str(path)))
+    return leaves, problems
+
+
+def _recipes_beside(path: Path) -> str:
+    found = sorted(str(item) for item in path.parent.glob("*.yaml")) or sorted(str(item) for item in Path("recipes").glob("*.yaml"))
+    return f" There are {', '.join(found)}." if found else ""
+
+
+def flat(content: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    return {name: value for name, (value, _) in _flatten(content, "", "")}
+
+
+def _flatten(content: dict[Any, Any], prefix: str, where: str) -> Iterator[tuple[str, tuple[Any, str]]]:
+    for name, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{name}.", where)
+        else:
+            yield f"{prefix}{name}", (value, where)
+
+
+def _typed(leaves: _Leaves) -> tuple[Recipe, list[str]]:
+    """A recipe from untyped leaves; jsonargparse says whether a value fits its type and converts it."""
+    keys = {key.name: key for key in schema()}
+    reader = ArgumentParser(exit_on_error=False)
+    for key in keys.values():
+        reader.add_argument(f"--{key.name}", type=key.type, default=key.default)
+    problems, values = [], {}
+    for name, (value, where) in leaves.items():
+        if name not in keys:
+            if not any(known.startswith(f"{name}.") for known in keys):
+                problems.append(f"{where}: unknown key {name}.{nearest(name, list(keys))}")
+            elif value is not None and value != {}:
+                problems.append(f"{where}: {name} is a section with keys of its own, not {value!r}.")
+            continue
+        try:
+            values[name] = _convert(reader, keys[name], value)
+        except ValueError:
+            problems.append(f"{where}: {name} must be {describe(keys[name].type)}, not {value!r}.")
+    return _build(Recipe, "", values), problems
+
+
+def _convert(reader: ArgumentParser, key: Key, value: Any) -> Any:
+    if value is None or value == "null":
+        if type(None) not in get_args(key.type):
+            raise ValueError("null")
+        return None
+    nested: Any = value
+    for part in reversed(key.name.split(".")):
+        nested = {part: nested}
+    try:
+        converted = reader.parse_object(nested)[key.name]
+    except Exception as error:  # jsonargparse raises argparse's errors and its own
+        raise ValueError(str(error)) from error
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise ValueError("not finite")
+    return converted
+
+
+def _build(config: type, prefix: str, values: dict[str, Any]) -> Any:
+    hints = get_type_hints(config)
+    arguments = {}
+    for item in fields(config):
+        name = prefix + item.name
+        if is_dataclass(hints[item.name]):
+            arguments[item.name] = _build(hints[item.name], f"{name}.", values)
+        elif name in values:
+            arguments[item.name] = values[name]
+    return config(**arguments)
+
+
+def describe(kind: Any) -> str:
+    """A type in words, for messages and help."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(describe(option) for option in get_args(kind))
+    if get_origin(kind) is Literal:
+        options = [str(option) for option in get_args(kind)]
+        return options[0] if len(options) == 1 else f"one of {', '.join(options)}"
+    if get_origin(kind) is tuple:
+        return f"a list, each item {describe(get_args(kind)[0])}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return words[kind]
+

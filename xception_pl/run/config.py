@@ -1,0 +1,109 @@
+"""What a recipe may say about the run. Imports no torch."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """How training runs; the keys are those of `lightning.Trainer`, with its meanings."""
+
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """Kind of device; `auto` takes GPUs where there are any."""
+    devices: int | Literal["auto"] = "auto"
+    """Devices a node."""
+    num_nodes: int = 1
+    """Nodes of the job."""
+    strategy: Literal["auto", "ddp"] = "auto"
+    """`auto` is one process on one device and DDP on several."""
+    precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true"] = "32-true"
+    """Arithmetic of the training step."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """torch.set_float32_matmul_precision: `high` allows TF32 on NVIDIA GPUs."""
+    max_epochs: int = 100
+    """Epochs to train."""
+    max_steps: int = -1
+    """Optimiser steps at which training stops, if sooner than max_epochs; -1 for no limit."""
+    accumulate_grad_batches: int = 1
+    """Batches whose gradients are summed into one optimiser step."""
+    gradient_clip_val: float | None = None
+    """Largest norm (or value) of the gradient; null does not clip."""
+    gradient_clip_algorithm: Literal["norm", "value"] = "norm"
+    """What gradient_clip_val bounds: the norm over all parameters, or each value."""
+    sync_batchnorm: bool = False
+    """Batch statistics over all devices instead of each device's own."""
+    deterministic: bool = False
+    """Only algorithms that give the same result in each run."""
+    benchmark: bool = False
+    """cuDNN tries its algorithms at the first step and takes the fastest."""
+    limit_train_batches: int | None = None
+    """Batches an epoch (per device); null for all."""
+    limit_val_batches: int | None = None
+    """Batches a validation (per device); null for all."""
+    check_val_every_n_epoch: int = 1
+    """Epochs between validations."""
+    log_every_n_steps: int = 50
+    """Optimiser steps between rows of the log."""
+    enable_progress_bar: bool = True
+    """Show the progress bar."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Where a run is written, and how often."""
+
+    folder: str = "runs"
+    """Folder of all runs; a run writes to FOLDER/NAME/TIME."""
+    name: str | None = None
+    """Name of the run's folder; null takes the recipe's file name."""
+    save_every_steps: int = 0
+    """Optimiser steps between checkpoints inside an epoch; 0 saves at the end of each epoch only."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb: str | None = None
+    """Weights & Biases project to log to (needs `pip install xception_pl[wandb]`); null does not."""
+
+
+def check(trainer: TrainerConfig, run: RunConfig) -> list[str]:
+    """What is impossible in these values: one sentence each."""
+    problems = []
+    least = {
+        "num_nodes": 1,
+        "max_epochs": 1,
+        "accumulate_grad_batches": 1,
+        "limit_train_batches": 1,
+        "limit_val_batches": 1,
+        "check_val_every_n_epoch": 1,
+        "log_every_n_steps": 1,
+    }
+    for name, lowest in least.items():
+        value = getattr(trainer, name)
+        if value is not None and value < lowest:
+            problems.append(f"trainer.{name} must be at least {lowest}, not {value}.")
+    if trainer.devices != "auto" and trainer.devices < 1:
+        problems.append(f"trainer.devices must be at least 1, or auto, not {trainer.devices}.")
+    if trainer.max_steps != -1 and trainer.max_steps < 1:
+        problems.append(f"trainer.max_steps must be at least 1, or -1 for no limit, not {trainer.max_steps}.")
+    if trainer.gradient_clip_val is not None and trainer.gradient_clip_val <= 0:
+        problems.append(f"trainer.gradient_clip_val must be above 0, or null, not {trainer.gradient_clip_val}.")
+    if trainer.gradient_clip_val is None and trainer.gradient_clip_algorithm != "norm":
+        problems.append("trainer.gradient_clip_algorithm has no effect without trainer.gradient_clip_val; give both.")
+    if run.save_every_steps < 0:
+        problems.append(f"run.save_every_steps must be 0 (each epoch's end) or more, not {run.save_every_steps}.")
+    if run.name is not None and (not run.name or Path(run.name).name != run.name):
+        problems.append(f"run.name must be a plain folder name, not {run.name!r}.")
+    if not _writable(Path(run.folder)):
+        problems.append(f"run.folder {run.folder} cannot be written to; choose another folder or change its permissions.")
+    if run.wandb is not None and importlib.util.find_spec("wandb") is None:
+        problems.append("run.wandb needs the package wandb; run `pip install wandb` or set run.wandb to null.")
+    return problems
+
+
+def _writable(folder: Path) -> bool:
+    """Whether files can be made in `folder`, or in the nearest parent of it that exists; writes nothing."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)

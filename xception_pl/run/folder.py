@@ -1,0 +1,111 @@
+"""The run folder: `runs/<recipe>/<time>/` and what is written there before training."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from xception_pl.recipe import Recipe, RecipeError
+
+_SHARED = "XCEPTION_PL_RUN_FOLDER"
+_PACKAGES = ("xception_pl", "torch", "torchvision", "lightning", "torchmetrics", "timm", "datasets", "pyarrow", "numpy")
+
+
+def planned_folder(recipe: Recipe) -> Path:
+    """Folder of a new run; processes that a launcher starts from this one get the same."""
+    assert recipe.run.name is not None
+    if _SHARED not in os.environ:
+        parent = Path(recipe.run.folder) / recipe.run.name
+        stem = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        taken = sum(1 for _ in parent.glob(f"{stem}*"))
+        os.environ[_SHARED] = str(parent / (f"{stem}_{taken}" if taken else stem))
+    return Path(os.environ[_SHARED])
+
+
+def find_checkpoint(resume: str, recipe: Recipe) -> Path:
+    """The file that `--resume` names: `last`, a checkpoint, or a run folder.
+
+    Raises:
+        RecipeError: where there is none.
+    """
+    assert recipe.run.name is not None
+    if resume == "last":
+        parent = Path(recipe.run.folder) / recipe.run.name
+        found = sorted(parent.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise RecipeError([f"--resume last: no run under {parent} has a checkpoint yet; start one without --resume."])
+        return found[-1]
+    path = Path(resume)
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        raise RecipeError([f"--resume: there is no checkpoint {path}; give a .ckpt file, a run folder, or last."])
+    return path
+
+
+def folder_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint lies in, or None for a file on its own."""
+    folder = checkpoint.parent.parent
+    return folder if checkpoint.parent.name == "checkpoints" and (folder / "recipe.yaml").is_file() else None
+
+
+def write_description(folder: Path, recipe: Recipe) -> None:
+    """Writes the resolved recipe and the environment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git commit, hardware and command: what a reader needs to trust or repeat a number."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "command": shlex.join(["python", "-m", "xception_pl.fit", *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git": _git(),
+        "cpu": {"model": _cpu_model(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": gpus,
+        "cuda": torch.version.cuda if gpus else None,
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the package's own checkout, and whether it has changes; None when installed from a wheel."""
+    here = Path(__file__).resolve().parents[2]
+
+    def ask(*command: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *command], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(ask("rev-parse", "--show-toplevel")) != here:
+            return None
+        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -1,0 +1,148 @@
+"""A run from its recipe to its final table: prepare, train, report."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+from xception_pl.build import build_data, build_module, build_trainer, find_devices, load_for_resume
+from xception_pl.commands import FAILED, Arguments
+from xception_pl.data.datamodule import ImageNetDataModule
+from xception_pl.data.source import DataError
+from xception_pl.module import XceptionModule
+from xception_pl.recipe import Recipe, RecipeError, check_batch
+from xception_pl.run.figures import draw_curves
+from xception_pl.run.folder import find_checkpoint, folder_of, planned_folder, write_description
+from xception_pl.run.interrupt import Interrupted, SignalFlag
+from xception_pl.run.log import RunLog
+from xception_pl.run.plan import Plan
+
+
+@dataclass(kw_only=True)
+class Prepared:
+    """A run that can start: everything checked, nothing written."""
+
+    plan: Plan
+    data: ImageNetDataModule
+    module: XceptionModule
+    folder: Path
+    accelerator: str
+    devices: int
+    checkpoint: Path | None = None
+    changed: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The plan as text."""
+        nodes = self.plan.recipe.trainer.num_nodes
+        lines = self.plan.lines(
+            parameters=sum(parameter.numel() for parameter in self.module.network.parameters()),
+            hardware=f"{self.devices} × {self.accelerator}" + (f" × {nodes} nodes" if nodes > 1 else ""),
+            learning_rate=self.module.learning_rate,
+            folder=f"{self.folder}/",
+        )
+        return lines + [f"changed   {line}" for line in self.changed]
+
+
+def prepare(recipe: Recipe, *, resume: str | None = None, dry_run: bool = False) -> Prepared:
+    """Asks the machine and the source, and builds what trains.
+
+    Raises:
+        RecipeError, ValueError: with a sentence for each thing that makes the run impossible. A dry run only notes the
+            devices that are missing here and a source that cannot be reached.
+    """
+    checkpoint = None if resume is None else find_checkpoint(resume, recipe)
+    folder = None if checkpoint is None else folder_of(checkpoint)
+    accelerator, devices, missing = find_devices(recipe.trainer)
+    problems = check_batch(recipe, devices) + ([] if dry_run else missing)
+    if problems:
+        raise RecipeError(problems)
+    data = build_data(recipe)
+    unchecked = missing if dry_run else []
+    try:
+        data.prepare_data()
+        data.setup("fit")
+        train_images, val_images, class_names = data.train_images, data.val_images, data.class_names
+    except DataError as error:
+        if not dry_run or recipe.data.train_images is None:
+            raise
+        unchecked = [*unchecked, str(error)]
+        train_images, val_images, class_names = recipe.data.train_images, recipe.data.val_images, None
+    plan = Plan(
+        recipe=recipe,
+        ranks=devices * recipe.trainer.num_nodes,
+        train_images=train_images,
+        val_images=val_images,
+        unchecked=unchecked,
+    )
+    if plan.problems():
+        raise RecipeError(plan.problems())
+    return Prepared(
+        plan=plan,
+        data=data,
+        module=build_module(
+            recipe, images_per_epoch=train_images, total_steps=plan.total_steps, class_names=class_names
+        ),
+        folder=folder or planned_folder(recipe),
+        accelerator=accelerator,
+        devices=devices,
+        checkpoint=checkpoint,
+        changed=[] if checkpoint is None else load_for_resume(checkpoint, recipe),
+    )
+
+
+def train(prepared: Prepared, signals: SignalFlag, *, command: Arguments) -> int:
+    """Trains, evaluates the averaged weights, draws the curves; returns the exit code."""
+    recipe, folder = prepared.plan.recipe, prepared.folder
+    trainer, log = build_trainer(
+        recipe, folder, accelerator=prepared.accelerator, devices=prepared.devices, signals=signals
+    )
+    if trainer.is_global_zero:
+        print("\n".join(prepared.lines()), flush=True)
+        write_description(folder, recipe)
+    code = 0
+    try:
+        _fit_and_evaluate(prepared, trainer, log)
+    except Interrupted as stop:
+        code = stop.exit_code
+        if trainer.is_global_zero:
+            resume = command.with_option("resume", stop.checkpoint)
+            print(f"\n{stop.signal_name}: stopped after step {trainer.global_step} and saved {stop.checkpoint}")
+            print(f"resume with: {resume.line('fit')}", flush=True)
+    except DataError as error:
+        code = FAILED
+        print(f"error: {error}", file=sys.stderr)
+    if trainer.is_global_zero:
+        draw_curves(folder / "metrics.csv", folder / "curves.png", f"{recipe.run.name}, {folder.name}")
+        if code == 0:
+            print("\n".join(_results(prepared, log)), flush=True)
+    return code
+
+
+def _fit_and_evaluate(prepared: Prepared, trainer: Trainer, log: RunLog) -> None:
+    trainer.fit(prepared.module, datamodule=prepared.data, ckpt_path=prepared.checkpoint, weights_only=True)
+    if log.validated_step != trainer.global_step:  # the last epoch was not one of those that are validated
+        trainer.validate(prepared.module, datamodule=prepared.data, verbose=False)
+
+
+def _results(prepared: Prepared, log: RunLog) -> list[str]:
+    """The final table."""
+    names = {"val_top1": "top-1", "val_top5": "top-5", "val_map100": "MAP@100", "val_loss": "loss"}
+    which = "averaged weights" if prepared.module.average is not None else "weights (averaging is off)"
+    lines = ["", f"{which}, {prepared.plan.val_images:,} held-out images"]
+    for name, label in names.items():
+        if name in log.latest:
+            value = log.latest[name]
+            lines.append(f"  {label:<12}" + (f"{value:.4f}" if name == "val_loss" else f"{value:.2%}"))
+    lines += ["", f"written to {prepared.folder}/"]
+    what = {
+        "curves.png": "loss, accuracy and learning rate",
+        "metrics.csv": "every logged step",
+        "tensorboard": f"tensorboard --logdir {prepared.plan.recipe.run.folder}",
+        "recipe.yaml": "the resolved recipe",
+        "environment.json": "versions, git commit, hardware",
+        "checkpoints/last.ckpt": "resumes the run",
+        "checkpoints/best.ckpt": "highest held-out score",
+        "checkpoints/averaged.safetensors": "the averaged weights alone",
+    }
+    return lines + [f"  {name:<34}{text}" for name, text in what.items() if (prepared.folder / name).exists()]

@@ -1,0 +1,1 @@
+"""Weights from anywhere, to anywhere: one file a format."""
