@@ -1,0 +1,86 @@
+"""Polyak averaging, as TensorFlow's ExponentialMovingAverage: the weights that the paper evaluates (Section 4.3)."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def polyak_decay(decay: float, updates: int) -> float:
+    """TensorFlow's decay with `num_updates`: `min(decay, (1 + n) / (10 + n))`, so that early averages follow quickly.
+
+    Args:
+        decay: the decay that it grows towards, in [0, 1).
+        updates: averages taken before this one, n; the first is 0 and has decay 0.1.
+    """
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+class PolyakAverage(nn.Module):
+    """A frozen copy of a network whose weights follow the original's as an exponential moving average.
+
+    `update` does `shadow -= (1 - d) * (shadow - value)` with `d = polyak_decay(decay, updates)` for every parameter and
+    every floating-point buffer: batch norm's running statistics are averaged too, as TensorFlow's research code for
+    Inception does it. Integer buffers (batch counters) are copied.
+
+    The copy is in evaluation mode, whatever `train()` asks for. Weights, statistics and the count of updates are in the
+    state dict, so a run resumes with no further care. As a submodule it adds nothing to train: no parameter of it
+    requires a gradient.
+
+    Args:
+        network: the network to follow. It is copied with its present weights, dtypes and memory formats; a compiled
+            network is copied uncompiled.
+        decay: in [0, 1); the paper does not say which, 0.9999 is customary.
+
+    Raises:
+        ValueError: if decay is outside [0, 1).
+    """
+
+    updates: Tensor
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        super().__init__()
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay of the average is {decay}, but must be at least 0 and less than 1")
+        self.decay = decay
+        self.network: nn.Module = copy.deepcopy(getattr(network, "_orig_mod", network)).requires_grad_(False)
+        self.network.zero_grad(set_to_none=True)  # deepcopy copies gradients too
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=next(network.parameters()).device))
+        self.eval()
+
+    def train(self, mode: bool = True) -> "PolyakAverage":
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the averaged network gives for these inputs."""
+        return self.network(*args, **kwargs)
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Take one step towards the network's present weights; call it once after each optimiser step.
+
+        Raises:
+            ValueError: if the network has other parameters or buffers than the copied one.
+        """
+        shadows = [*self.network.parameters(), *self.network.buffers()]
+        values = [*network.parameters(), *network.buffers()]
+        if [s.shape for s in shadows] != [v.shape for v in values]:
+            raise ValueError("the network to average has other parameters or buffers than the one that was copied")
+        pairs = list(zip(shadows, values, strict=True))
+        averaged = [(s, v) for s, v in pairs if s.is_floating_point()]
+        copied = [(s, v) for s, v in pairs if not s.is_floating_point()]
+
+        differences = torch._foreach_sub([s for s, _ in averaged], [v for _, v in averaged])
+        torch._foreach_mul_(differences, self._pull())
+        torch._foreach_sub_([s for s, _ in averaged], differences)
+        if copied:
+            torch._foreach_copy_([s for s, _ in copied], [v for _, v in copied])
+        self.updates += 1
+
+    def _pull(self) -> Tensor:
+        """1 - polyak_decay, on the device: reading the counter on the host would wait for the device at each step."""
+        # 1 - (1 + n) / (10 + n) = 9 / (10 + n), without the cancellation.
+        dtype = torch.float32 if self.updates.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        return (9.0 / (10.0 + self.updates.to(dtype))).clamp(min=1.0 - self.decay)
