@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from xception_pl.metrics import MeanAveragePrecision
+from xception_pl.metrics import MeanAveragePrecisionAtK
 from xception_pl.nets.config import ModelConfig
 from xception_pl.nets.create import create_network
 from xception_pl.optim.averaging import PolyakAverage
@@ -78,7 +78,7 @@ class XceptionModule(LightningModule):
     def _metrics(self) -> nn.ModuleDict:
         classes = self.model_config.num_classes
         if self.optim_config.loss == "sigmoid":
-            return nn.ModuleDict({"map100": MeanAveragePrecision(num_classes=classes)})
+            return nn.ModuleDict({"map100": MeanAveragePrecisionAtK(num_classes=classes)})
         return nn.ModuleDict(
             {
                 f"top{k}": MulticlassAccuracy(classes, average="micro", top_k=min(k, classes), validate_args=False)
