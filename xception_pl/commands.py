@@ -21,6 +21,7 @@ class Arguments:
     flags: set[str] = field(default_factory=set)
     options: dict[str, str] = field(default_factory=dict)
     overrides: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
 
     def line(self, command: str) -> str:
         """The command line that gives these arguments."""
@@ -34,20 +35,30 @@ class Arguments:
         return replace(self, options=self.options | {name: value})
 
     def load(self) -> Recipe:
-        """The recipe with the overrides; RecipeError names every mistake."""
-        return load_recipe(self.recipe, self.overrides)
+        """The recipe with the overrides.
+
+        Raises:
+            RecipeError: with one sentence for each mistake, on the command line and in the recipe.
+        """
+        problems = list(self.problems)
+        try:
+            if self.recipe:
+                recipe = load_recipe(self.recipe, self.overrides)
+        except RecipeError as error:
+            problems += error.problems
+        if problems:
+            raise RecipeError(problems)
+        return recipe
 
 
 def split_arguments(argv: Sequence[str], *, flags: Sequence[str] = (), options: Sequence[str] = ()) -> Arguments:
-    """Splits `RECIPE [--flag] [--option VALUE] [--key.sub=value …]`.
+    """Splits `RECIPE [--flag] [--option VALUE] [--key.sub=value …]`; `Arguments.load` reports what is wrong.
 
     argparse stops at the first mistake; this collects them all, and names the nearest key.
-
-    Raises:
-        RecipeError: with one sentence for each mistake.
     """
     keys = [key.name for key in schema()]
-    arguments, problems, recipes = Arguments(recipe=""), [], []
+    arguments, recipes = Arguments(recipe=""), []
+    problems = arguments.problems
     rest = list(argv)
     while rest:
         token = rest.pop(0)
@@ -72,9 +83,7 @@ def split_arguments(argv: Sequence[str], *, flags: Sequence[str] = (), options: 
             arguments.overrides[name] = value
     if len(recipes) != 1:
         problems.insert(0, f"one recipe is needed, for example recipes/quickstart.yaml, not {len(recipes)}: {' '.join(recipes)}".rstrip(": ") + ".")
-    if problems:
-        raise RecipeError(problems)
-    arguments.recipe = recipes[0]
+    arguments.recipe = recipes[0] if recipes else ""
     return arguments
 
 

@@ -6,7 +6,7 @@ A recipe is a YAML mapping with the keys of `Recipe`. `base: other.yaml` (relati
 import difflib
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -40,13 +40,6 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe as YAML that reads back to an equal recipe."""
         return yaml.safe_dump(to_plain(self), sort_keys=False, width=120)
-
-    @property
-    def ranks(self) -> int | None:
-        """Processes of the job, or None where the machine decides."""
-        if self.trainer.devices == "auto":
-            return None
-        return self.trainer.devices * self.trainer.num_nodes
 
 
 class RecipeError(Exception):
@@ -99,11 +92,11 @@ def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Re
     path = Path(path)
     leaves, problems = _read_leaves(path, ())
     leaves |= {key: (value, f"--{key}") for key, value in (overrides or {}).items()}
-    recipe, more = _typed(leaves)
-    problems += more
-    if not problems:
-        recipe.run.name = recipe.run.name or path.stem
-        problems = check(recipe)
+    recipe, mistyped = _typed(leaves)
+    recipe.run.name = recipe.run.name or path.stem
+    problems += mistyped.values()
+    # A section with a mistyped key holds a default in its place: its values together would be judged wrongly.
+    problems += check(recipe, skip={name.partition(".")[0] for name in mistyped})
     if problems:
         raise RecipeError(problems)
     return recipe
@@ -113,26 +106,27 @@ def recipe_from_plain(plain: dict[str, Any]) -> Recipe:
     """The inverse of `to_plain`, as strict as `load_recipe`, without its checks of this machine."""
     recipe, problems = _typed(dict(_flatten(plain, "", "stored recipe")))
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError(list(problems.values()))
     return recipe
 
 
-def check(recipe: Recipe) -> list[str]:
-    """What is wrong with the values together: one sentence each, naming the keys."""
-    problems = [
-        *nets_config.check(recipe.model),
-        *optim_config.check(recipe.optim),
-        *data_config.check(recipe.data),
-        *run_config.check(recipe.trainer, recipe.run),
-    ]
-    if not problems and recipe.ranks is not None:
+def check(recipe: Recipe, skip: Collection[str] = ()) -> list[str]:
+    """What is wrong with the values together: one sentence each, naming the keys; sections in `skip` are left out."""
+    found = {
+        "model": nets_config.check(recipe.model),
+        "optim": optim_config.check(recipe.optim),
+        "data": data_config.check(recipe.data),
+        "trainer": run_config.check_trainer(recipe.trainer),
+        "run": run_config.check_run(recipe.run),
+    }
+    problems = [problem for section, sentences in found.items() if section not in skip for problem in sentences]
+    if not problems and not skip and recipe.trainer.devices != "auto":
         problems += check_batch(recipe, recipe.trainer.devices)
     return problems
 
 
-def check_batch(recipe: Recipe, devices: int | Literal["auto"]) -> list[str]:
-    """Whether the global batch divides over the devices; `devices` is the number a node that will run."""
-    assert devices != "auto"
+def check_batch(recipe: Recipe, devices: int) -> list[str]:
+    """Whether the global batch divides over `devices` a node, nodes and accumulated batches."""
     nodes, accumulate = recipe.trainer.num_nodes, recipe.trainer.accumulate_grad_batches
     if recipe.data.global_batch % (devices * nodes * accumulate) == 0:
         return []
@@ -217,24 +211,28 @@ def _flatten(content: dict[Any, Any], prefix: str, where: str) -> Iterator[tuple
             yield f"{prefix}{name}", (value, where)
 
 
-def _typed(leaves: _Leaves) -> tuple[Recipe, list[str]]:
-    """A recipe from untyped leaves; jsonargparse says whether a value fits its type and converts it."""
+def _typed(leaves: _Leaves) -> tuple[Recipe, dict[str, str]]:
+    """A recipe from untyped leaves, and a sentence for each that does not fit.
+
+    jsonargparse says whether a value fits its type, and converts it.
+    """
     keys = {key.name: key for key in schema()}
     reader = ArgumentParser(exit_on_error=False)
     for key in keys.values():
         reader.add_argument(f"--{key.name}", type=key.type, default=key.default)
-    problems, values = [], {}
+    problems: dict[str, str] = {}
+    values: dict[str, Any] = {}
     for name, (value, where) in leaves.items():
         if name not in keys:
             if not any(known.startswith(f"{name}.") for known in keys):
-                problems.append(f"{where}: unknown key {name}.{nearest(name, list(keys))}")
+                problems[name] = f"{where}: unknown key {name}.{nearest(name, list(keys))}"
             elif value is not None and value != {}:
-                problems.append(f"{where}: {name} is a section with keys of its own, not {value!r}.")
+                problems[name] = f"{where}: {name} is a section with keys of its own, not {value!r}."
             continue
         try:
             values[name] = _convert(reader, keys[name], value)
         except ValueError:
-            problems.append(f"{where}: {name} must be {describe(keys[name].type)}, not {value!r}.")
+            problems[name] = f"{where}: {name} must be {describe(keys[name].type)}, not {value!r}."
     return _build(Recipe, "", values), problems
 
 

@@ -67,7 +67,7 @@ class RunConfig:
     """Weights & Biases project to log to (needs `pip install xception_pl[wandb]`); null does not."""
 
 
-def check(trainer: TrainerConfig, run: RunConfig) -> list[str]:
+def check_trainer(trainer: TrainerConfig) -> list[str]:
     """What is impossible in these values: one sentence each."""
     problems = []
     least = {
@@ -91,6 +91,12 @@ def check(trainer: TrainerConfig, run: RunConfig) -> list[str]:
         problems.append(f"trainer.gradient_clip_val must be above 0, or null, not {trainer.gradient_clip_val}.")
     if trainer.gradient_clip_val is None and trainer.gradient_clip_algorithm != "norm":
         problems.append("trainer.gradient_clip_algorithm has no effect without trainer.gradient_clip_val; give both.")
+    return problems
+
+
+def check_run(run: RunConfig) -> list[str]:
+    """What is impossible in these values: one sentence each."""
+    problems = []
     if run.save_every_steps < 0:
         problems.append(f"run.save_every_steps must be 0 (each epoch's end) or more, not {run.save_every_steps}.")
     if run.name is not None and (not run.name or Path(run.name).name != run.name):
