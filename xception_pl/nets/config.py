@@ -18,6 +18,8 @@ class ModelConfig:
     """Probability of dropping a feature before the logistic layer (section 4.2)."""
     width: float = 1.0
     """Multiplies every channel count of Figure 5 (xception only)."""
+    channel_multiple: int = 8
+    """Channel counts are rounded to the nearest multiple of this; more than 8 segments need one (xception only)."""
     middle_blocks: int = 8
     """Blocks of the middle flow (xception only)."""
     residual: bool = True

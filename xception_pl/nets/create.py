@@ -1,0 +1,64 @@
+"""The network that a recipe names: Xception, or any network of timm, such as the other rows of Table 1."""
+
+from dataclasses import fields
+from difflib import get_close_matches
+
+from torch import nn
+
+from xception_pl.nets.config import ModelConfig
+from xception_pl.nets.xception import Xception
+
+XCEPTION_ONLY = (
+    "width",
+    "channel_multiple",
+    "middle_blocks",
+    "residual",
+    "intermediate_activation",
+    "segments",
+    "fc_units",
+    "output_stride",
+)
+
+
+def create_network(config: ModelConfig) -> nn.Module:
+    """A freshly initialised network: images ``(B, in_chans, H, W)`` to logits ``(B, num_classes)``. Loads no weights.
+
+    Raises:
+        ValueError: the name is unknown, an option is out of its range, or it is none that this network has.
+    """
+    if config.name == "xception":
+        return Xception(
+            config.num_classes,
+            config.in_chans,
+            dropout=config.dropout,
+            width=config.width,
+            channel_multiple=config.channel_multiple,
+            middle_blocks=config.middle_blocks,
+            residual=config.residual,
+            intermediate_activation=config.intermediate_activation,
+            segments=config.segments,
+            fc_units=config.fc_units,
+            output_stride=config.output_stride,
+            grad_checkpointing=config.grad_checkpointing,
+        )
+    import timm  # 2 s, and only other networks need it
+
+    if not timm.is_model(config.name):
+        near = get_close_matches(config.name, ["xception", *timm.list_models()], n=3, cutoff=0.5)
+        hint = f": did you mean {' or '.join(near)}?" if near else ": use xception or the name of a timm model"
+        raise ValueError(f"network {config.name!r} is unknown{hint}")
+    default = {field.name: field.default for field in fields(ModelConfig)}
+    foreign = [key for key in XCEPTION_ONLY if getattr(config, key) != default[key]]
+    if foreign:
+        raise ValueError(
+            f"{', '.join(foreign)}: only xception has this, not {config.name}; remove it or use name: xception"
+        )
+    try:
+        network: nn.Module = timm.create_model(
+            config.name, num_classes=config.num_classes, in_chans=config.in_chans, drop_rate=config.dropout
+        )
+        if config.grad_checkpointing:
+            network.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AssertionError, AttributeError, TypeError) as error:
+        raise ValueError(f"timm cannot build {config.name} with these options: {error}") from error
+    return network
