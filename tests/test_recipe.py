@@ -60,7 +60,10 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("data: {global_batch: 30}\ntrainer: {devices: 4, num_nodes: 2}", "data.global_batch 30 does not divide by trainer.devices 4"),
+        (
+            "data: {global_batch: 30}\ntrainer: {devices: 4, num_nodes: 2}",
+            "data.global_batch 30 does not divide by trainer.devices 4",
+        ),
         ("data: {image_size: 70}", "data.image_size"),
         ("run: {folder: /proc/nowhere}", "run.folder /proc/nowhere cannot be written to"),
         ("run: {wandb: project}", "run.wandb needs the package wandb"),

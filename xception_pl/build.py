@@ -158,7 +158,9 @@ def load_for_resume(path: Path, recipe: Recipe) -> list[str]:
 def _differences(stored: dict[str, Any], recipe: Recipe) -> list[str]:
     old, new = flat(stored), flat(to_plain(recipe))
     names = [*new, *(name for name in old if name not in new)]
-    return [f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]
+    return [
+        f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names if old.get(name) != new.get(name)
+    ]
 
 
 def _quiet() -> None:

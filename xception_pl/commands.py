@@ -82,22 +82,45 @@ def split_arguments(argv: Sequence[str], *, flags: Sequence[str] = (), options: 
         else:
             arguments.overrides[name] = value
     if len(recipes) != 1:
-        problems.insert(0, f"one recipe is needed, for example recipes/quickstart.yaml, not {len(recipes)}: {' '.join(recipes)}".rstrip(": ") + ".")
+        problems.insert(
+            0,
+            f"one recipe is needed, for example recipes/quickstart.yaml, not {len(recipes)}: {' '.join(recipes)}".rstrip(
+                ": "
+            )
+            + ".",
+        )
     arguments.recipe = recipes[0] if recipes else ""
     return arguments
 
 
 def recipe_help(command: str, summary: str, own: dict[str, str]) -> str:
     """Help of a command that takes a recipe: its own options, then every key with type, default and unit."""
-    lines = [f"usage: python -m xception_pl.{command} RECIPE [OPTIONS] [--key.sub=value …]", "", summary, "", "options:"]
+    lines = [
+        f"usage: python -m xception_pl.{command} RECIPE [OPTIONS] [--key.sub=value …]",
+        "",
+        summary,
+        "",
+        "options:",
+    ]
     lines += [f"  {name:<22}{text}" for name, text in own.items()]
     section = None
-    docs = {name: (kind.__doc__ or "") for name, kind in Recipe.__annotations__.items() if hasattr(kind, "__dataclass_fields__")}
+    docs = {
+        name: (kind.__doc__ or "")
+        for name, kind in Recipe.__annotations__.items()
+        if hasattr(kind, "__dataclass_fields__")
+    }
     for key in schema():
         if key.name.rpartition(".")[0] != section:
             section = key.name.rpartition(".")[0]
-            lines += ["", f"{section}: {docs[section].strip()}" if section else "recipe keys, in YAML or as --key.sub=value:"]
-        lines += [f"  --{key.name}", f"      {key.doc}", f"      ({describe(key.type)}; default: {plain_text(key.default)})"]
+            lines += [
+                "",
+                f"{section}: {docs[section].strip()}" if section else "recipe keys, in YAML or as --key.sub=value:",
+            ]
+        lines += [
+            f"  --{key.name}",
+            f"      {key.doc}",
+            f"      ({describe(key.type)}; default: {plain_text(key.default)})",
+        ]
     return "\n".join(lines)
 
 

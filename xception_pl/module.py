@@ -1,7 +1,7 @@
 """XceptionModule: a network with its loss, metrics, optimiser, schedule and averaged weights."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -72,19 +72,20 @@ class XceptionModule(LightningModule):
             self.network.to(memory_format=torch.channels_last)
         self.average = PolyakAverage(self.network, self.optim_config.ema_decay) if self.optim_config.ema_decay else None
         self.loss = loss_function(self.optim_config)
+        self.val_loss = loss_function(replace(self.optim_config, label_smoothing=0.0))
         self.train_metrics, self.val_metrics = self._metrics(), self._metrics()
-        self.train_loss, self.val_loss = MeanMetric(), MeanMetric()
 
     def _metrics(self) -> nn.ModuleDict:
-        classes = self.model_config.num_classes
+        scores: dict[str, nn.Module]
         if self.optim_config.loss == "sigmoid":
-            return nn.ModuleDict({"map100": MeanAveragePrecisionAtK(num_classes=classes)})
-        return nn.ModuleDict(
-            {
+            scores = {"map100": MeanAveragePrecisionAtK()}
+        else:
+            classes = self.model_config.num_classes
+            scores = {
                 f"top{k}": MulticlassAccuracy(classes, average="micro", top_k=min(k, classes), validate_args=False)
                 for k in (1, 5)
             }
-        )
+        return nn.ModuleDict({"loss": MeanMetric(), **scores})
 
     @property
     def evaluated(self) -> nn.Module:
@@ -113,7 +114,9 @@ class XceptionModule(LightningModule):
         The whole image is seen, at the size given: crop or resize before.
         """
         if images.dim() != 4:
-            raise ValueError(f"predict needs images of shape (B, C, H, W), not {tuple(images.shape)}; a single one is images[None].")
+            raise ValueError(
+                f"predict needs images of shape (B, C, H, W), not {tuple(images.shape)}; a single one is images[None]."
+            )
         training = self.training
         self.eval()
         scaled = images.to(self.device)
@@ -131,26 +134,16 @@ class XceptionModule(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         logits = self.network(self._layout(batch["image"]))
-        loss: Tensor = self.loss(logits, batch.get("target", batch["label"]))
-        self.train_loss.update(loss.detach())
-        self._update(self.train_metrics, logits.detach(), batch["label"])
+        loss = self.loss(logits, batch.get("target", batch["label"]))
+        _update(self.train_metrics, loss.detach(), logits.detach(), batch["label"])
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        logits = self(batch["image"])
+        logits, labels = self(batch["image"]).float(), batch["label"]
         if "valid" in batch:  # rows that only fill a short rank's batch do not count
-            logits, labels = logits[batch["valid"]], batch["label"][batch["valid"]]
-        else:
-            labels = batch["label"]
+            logits, labels = logits[batch["valid"]], labels[batch["valid"]]
         if len(labels):
-            self.val_loss.update(self.loss(logits.float(), labels), weight=len(labels))
-            self._update(self.val_metrics, logits.float(), labels)
-
-    @staticmethod
-    def _update(metrics: nn.ModuleDict, logits: Tensor, labels: Tensor) -> None:
-        for metric in metrics.values():
-            assert isinstance(metric, Metric)
-            metric.update(logits, labels)
+            _update(self.val_metrics, self.val_loss(logits, labels), logits, labels)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Row ids and probabilities of the batch's valid rows."""
@@ -162,13 +155,15 @@ class XceptionModule(LightningModule):
             self.network.compile()  # in place: torch.compile(network) would put a prefix on every key of the state dict
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val_loss", self.val_loss, logger=False)
         self.log_dict({f"val_{name}": metric for name, metric in self.val_metrics.items()}, logger=False)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = create_optimizer(self.optim_config, self.network)
         schedule: Callable[[int], float] = lambda step: self.learning_rate(step) / self.optim_config.lr  # noqa: E731
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"},
+        }
 
     def optimizer_step(
         self,
@@ -181,9 +176,37 @@ class XceptionModule(LightningModule):
         if self.average is not None:  # here and not at the batch's end: accumulated batches are one update
             self.average.update(self.network)
 
-    def train_results(self) -> Iterable[tuple[str, Tensor]]:
-        """Name and value of each training metric since the last reset, over all ranks; resets them."""
-        for name, metric in [("loss", self.train_loss), *self.train_metrics.items()]:
-            assert isinstance(metric, Metric)
-            yield f"train_{name}", metric.compute()
+    def train_results(self) -> dict[str, float]:
+        """Each training metric since the last call, over all ranks."""
+        results = {f"train_{name}": float(metric.compute()) for name, metric in _each(self.train_metrics)}
+        for _, metric in _each(self.train_metrics):
             metric.reset()
+        return results
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # The window of training metrics since the last logged row, summed over ranks, so that a resumed run logs the
+        # same next row.
+        window = {}
+        for name, metric in _each(self.train_metrics):
+            with metric.sync_context():
+                window[name] = {state: value.clone() for state, value in metric.metric_state.items()}
+        checkpoint["train_window"] = window
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.global_rank == 0:
+            for name, metric in _each(self.train_metrics):
+                metric.load_state_dict(checkpoint["train_window"][name], strict=False)
+
+
+def _each(metrics: nn.ModuleDict) -> Iterator[tuple[str, Metric]]:
+    for name, metric in metrics.items():
+        assert isinstance(metric, Metric)
+        yield name, metric
+
+
+def _update(metrics: nn.ModuleDict, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+    for name, metric in _each(metrics):
+        if name == "loss":
+            metric.update(loss, weight=len(labels))
+        else:
+            metric.update(logits, labels)

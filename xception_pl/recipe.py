@@ -74,7 +74,9 @@ def _plain(value: Any) -> Any:
 def schema(config: type = Recipe, prefix: str = "") -> Iterator[Key]:
     """The leaves of a configuration dataclass, with types, defaults and the docstrings under the fields."""
     hints = get_type_hints(config)
-    docs = {p.arg_name: " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(config).params}
+    docs = {
+        p.arg_name: " ".join((p.description or "").split()) for p in docstring_parser.parse_from_object(config).params
+    }
     for item in fields(config):
         if is_dataclass(hints[item.name]):
             yield from schema(hints[item.name], f"{prefix}{item.name}.")
@@ -152,7 +154,9 @@ class _StrictLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             if key_node.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key_node.value} stands twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key_node.value} stands twice", problem_mark=key_node.start_mark
+                )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
@@ -194,7 +198,9 @@ def _read_leaves(path: Path, above: tuple[Path, ...]) -> tuple[_Leaves, list[str
 
 
 def _recipes_beside(path: Path) -> str:
-    found = sorted(str(item) for item in path.parent.glob("*.yaml")) or sorted(str(item) for item in Path("recipes").glob("*.yaml"))
+    found = sorted(str(item) for item in path.parent.glob("*.yaml")) or sorted(
+        str(item) for item in Path("recipes").glob("*.yaml")
+    )
     return f" There are {', '.join(found)}." if found else ""
 
 
@@ -276,4 +282,3 @@ def describe(kind: Any) -> str:
         return f"a list, each item {describe(get_args(kind)[0])}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return words[kind]
-

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from xception_pl.build import build_data, build_module, build_trainer, find_devices, load_for_resume
 from xception_pl.commands import FAILED, Arguments
 from xception_pl.data.datamodule import ImageNetDataModule
-from xception_pl.data.source import DataError
+from xception_pl.data.errors import DataError
 from xception_pl.module import XceptionModule
 from xception_pl.recipe import Recipe, RecipeError, check_batch
 from xception_pl.run.figures import draw_curves
@@ -60,9 +60,8 @@ def prepare(recipe: Recipe, *, resume: str | None = None, dry_run: bool = False)
     data = build_data(recipe)
     unchecked = missing if dry_run else []
     try:
-        data.prepare_data()
-        data.setup("fit")
-        train_images, val_images, class_names = data.train_images, data.val_images, data.class_names
+        data.prepare()
+        train_images, val_images, class_names = data.train_images, data.val_images, list(data.class_names)
     except DataError as error:
         if not dry_run or recipe.data.train_images is None:
             raise

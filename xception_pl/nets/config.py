@@ -53,5 +53,7 @@ def check(config: ModelConfig) -> list[str]:
         problems.append(f"model.width must be above 0, not {config.width}.")
     if config.segments is not None and config.segments < 1:
         problems.append(f"model.segments must be at least 1, or null for one a channel, not {config.segments}.")
-    problems += [f"model.fc_units must hold sizes of at least 1, not {units}." for units in config.fc_units if units < 1]
+    problems += [
+        f"model.fc_units must hold sizes of at least 1, not {units}." for units in config.fc_units if units < 1
+    ]
     return problems

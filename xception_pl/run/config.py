@@ -102,7 +102,9 @@ def check_run(run: RunConfig) -> list[str]:
     if run.name is not None and (not run.name or Path(run.name).name != run.name):
         problems.append(f"run.name must be a plain folder name, not {run.name!r}.")
     if not _writable(Path(run.folder)):
-        problems.append(f"run.folder {run.folder} cannot be written to; choose another folder or change its permissions.")
+        problems.append(
+            f"run.folder {run.folder} cannot be written to; choose another folder or change its permissions."
+        )
     if run.wandb is not None and importlib.util.find_spec("wandb") is None:
         problems.append("run.wandb needs the package wandb; run `pip install wandb` or set run.wandb to null.")
     return problems

@@ -41,7 +41,9 @@ def _panel(axes: Axes, name: str, series: dict[str, str], rows: list[dict[str, f
     for column, label in series.items():
         points = [(row["epoch"], row[column]) for row in rows if column in row]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="o" if column.startswith("val_") else None, markersize=4)
+            axes.plot(
+                *zip(*points, strict=True), label=label, marker="o" if column.startswith("val_") else None, markersize=4
+            )
     axes.set(xlabel="epoch", title=name)
     axes.grid(alpha=0.3)
     if name == "learning rate":

@@ -39,7 +39,9 @@ def find_checkpoint(resume: str, recipe: Recipe) -> Path:
         parent = Path(recipe.run.folder) / recipe.run.name
         found = sorted(parent.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
         if not found:
-            raise RecipeError([f"--resume last: no run under {parent} has a checkpoint yet; start one without --resume."])
+            raise RecipeError(
+                [f"--resume last: no run under {parent} has a checkpoint yet; start one without --resume."]
+            )
         return found[-1]
     path = Path(resume)
     if path.is_dir():
@@ -93,7 +95,9 @@ def _git() -> dict[str, Any] | None:
     here = Path(__file__).resolve().parents[2]
 
     def ask(*command: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *command], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(here), *command], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         if Path(ask("rev-parse", "--show-toplevel")) != here:
@@ -108,4 +112,6 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

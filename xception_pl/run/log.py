@@ -47,8 +47,7 @@ class RunLog(Callback):
             return
         if trainer.global_step % self.every_n_steps == 0 or trainer.is_last_batch:
             assert isinstance(pl_module, XceptionModule)
-            row = {name: float(value) for name, value in pl_module.train_results()}
-            row |= {
+            row = pl_module.train_results() | {
                 "lr": pl_module.learning_rate(trainer.global_step - 1),
                 "images_per_second": steps * self.global_batch / self._clock.seconds(),
                 "data_wait": self._clock.wait_share(),

@@ -49,7 +49,9 @@ class Plan:
         """What makes the run impossible."""
         if self.epoch_steps == 0:
             if self.recipe.trainer.limit_train_batches is not None:
-                return ["trainer.limit_train_batches is below trainer.accumulate_grad_batches: an epoch would have no step."]
+                return [
+                    "trainer.limit_train_batches is below trainer.accumulate_grad_batches: an epoch would have no step."
+                ]
             return [
                 f"data.global_batch {self.recipe.data.global_batch} is more than the {self.train_images} training images: "
                 "an epoch would have no step; choose a smaller batch."

@@ -29,7 +29,9 @@ class ProgressLine(Callback):
         self._started = self._printed = time.monotonic()
         if trainer.is_global_zero and self._console.is_terminal:
             self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=16), console=self._console)
-            self._task = self._bar.add_task(self._text(trainer), total=_total_steps(trainer), completed=trainer.global_step)
+            self._task = self._bar.add_task(
+                self._text(trainer), total=_total_steps(trainer), completed=trainer.global_step
+            )
             self._bar.start()
 
     def on_train_batch_end(
@@ -38,7 +40,13 @@ class ProgressLine(Callback):
         self._show(trainer, self._text(trainer))
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if not trainer.training and self._started:
             self._show(trainer, f"validating {batch_idx + 1}/{int(trainer.num_val_batches[0])}")
@@ -46,7 +54,9 @@ class ProgressLine(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self._started:
             results = [f"{name} {value:.4f}" for name, value in self.log.latest.items() if name.startswith("val_")]
-            self._console.print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {'  '.join(results)}", highlight=False)
+            self._console.print(
+                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {'  '.join(results)}", highlight=False
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()

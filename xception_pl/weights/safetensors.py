@@ -16,5 +16,7 @@ def save_weights(module: XceptionModule, path: Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.evaluated.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt", **{name: json.dumps(value) for name, value in described.items()}})
+    save_file(
+        tensors, partial, metadata={"format": "pt", **{name: json.dumps(value) for name, value in described.items()}}
+    )
     os.replace(partial, path)
