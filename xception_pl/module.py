@@ -1,5 +1,6 @@
 """XceptionModule: a network with its loss, metrics, optimiser, schedule and averaged weights."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -155,15 +157,12 @@ class XceptionModule(LightningModule):
             self.network.compile()  # in place: torch.compile(network) would put a prefix on every key of the state dict
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict({f"val_{name}": metric for name, metric in self.val_metrics.items()}, logger=False)
+        self.log_dict({f"val_{name}": metric for name, metric in _each(self.val_metrics)}, logger=False)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = create_optimizer(self.optim_config, self.network)
-        schedule: Callable[[int], float] = lambda step: self.learning_rate(step) / self.optim_config.lr  # noqa: E731
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, schedule), "interval": "step"},
-        }
+        factor = LambdaLR(optimizer, lambda step: self.learning_rate(step) / self.optim_config.lr)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
 
     def optimizer_step(
         self,
@@ -189,7 +188,7 @@ class XceptionModule(LightningModule):
         window = {}
         for name, metric in _each(self.train_metrics):
             with metric.sync_context():
-                window[name] = {state: value.clone() for state, value in metric.metric_state.items()}
+                window[name] = {state: copy.deepcopy(value) for state, value in metric.metric_state.items()}
         checkpoint["train_window"] = window
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
