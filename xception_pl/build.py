@@ -172,5 +172,6 @@ def _quiet() -> None:
         ".*dataloader is not resumable.*",  # ours starts at the step it is asked for
         ".*is smaller than the logging interval.*",
         ".*Checkpoint directory.*",
+        ".*LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -15,8 +15,8 @@ _LINE_EVERY_SECONDS = 10
 class ProgressLine(Callback):
     """One bar for the whole run on a terminal; elsewhere (a log file, CI) a line every ten seconds."""
 
-    def __init__(self, log: RunLog) -> None:
-        self.log = log
+    def __init__(self, run_log: RunLog) -> None:
+        self.run_log = run_log
         self._console = Console()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -53,7 +53,7 @@ class ProgressLine(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self._started:
-            results = [f"{name} {value:.4f}" for name, value in self.log.latest.items() if name.startswith("val_")]
+            results = [f"{name} {value:.4f}" for name, value in self.run_log.latest.items() if name.startswith("val_")]
             self._console.print(
                 f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {'  '.join(results)}", highlight=False
             )
@@ -80,7 +80,7 @@ class ProgressLine(Callback):
             self._console.print(text, highlight=False, soft_wrap=True)
 
     def _text(self, trainer: Trainer) -> str:
-        latest, total = self.log.latest, _total_steps(trainer)
+        latest, total = self.run_log.latest, _total_steps(trainer)
         parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", f"step {trainer.global_step}/{total}"]
         if "train_loss" in latest:
             parts.append(f"loss {latest['train_loss']:.3f}")
