@@ -21,7 +21,7 @@ class DataConfig:
     label_column: str = "label"
     """Column of the labels (of label lists, with optim.loss sigmoid)."""
     train_images: int | None = None
-    """Expected images of the training split; null counts them. Lets a dry run plan without the source; checked against it."""
+    """Expected images of the training split; null counts them. A dry run plans with it; checked against the source."""
     val_images: int | None = None
     """Expected images of the held-out split; null counts them."""
     image_size: int = 299
@@ -37,7 +37,7 @@ class DataConfig:
     prefetch: int = 4
     """Batches each worker holds ready."""
     train_crop: Literal["inception", "resize", "timm"] = "inception"
-    """Training crop: `inception` TF-Slim's random box, `timm` RandomResizedCrop of 8-100 %, `resize` the whole image."""
+    """Training crop: `inception` TF-Slim's random box, `timm` RandomResizedCrop (8-100 %), `resize` the whole image."""
     crop_area_min: float = 0.05
     """Smallest area of the random box as a share of the image (TF-Slim 0.05, timm 0.08)."""
     eval_crop: Literal["tf-slim", "keras", "timm", "resize"] = "tf-slim"
@@ -45,7 +45,7 @@ class DataConfig:
     flip: bool = True
     """Random horizontal flips in training."""
     color: Literal["none", "fast", "full"] = "none"
-    """TF-Slim's colour distortion: `fast` brightness and saturation, `full` hue and contrast too, in its four orders."""
+    """TF-Slim's colour distortion: `fast` brightness and saturation, `full` hue and contrast too, in four orders."""
     randaugment: int = 0
     """RandAugment operations an image; 0 is off."""
     randaugment_magnitude: float = 9.0

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 Ids = npt.NDArray[np.int64]
 
-_MAX_LANES = 64
+_MAX_LANES = 128
 _GROUPS_A_LANE = 2  # row groups a lane mixes at any time: fewer, and neighbours in a shard would share batches
 _EPOCH_KEY, _BLOCK_KEY = 0, 1  # separate random streams
 
@@ -34,8 +34,8 @@ class EpochPlan:
         global_batch: images an optimiser step.
         window: images among which the order is random.
 
-    An epoch has `steps = images // global_batch` steps. The `dropped = images % global_batch` images that do not fill a batch
-    are left out, other ones in every epoch.
+    An epoch has `steps = images // global_batch` steps. The `dropped = images % global_batch` images that do not fill a
+    batch are left out, other ones in every epoch.
 
     Raises:
         ValueError: when there are fewer images than one global batch needs.
@@ -118,7 +118,8 @@ class EpochPlan:
             start = min(stop, end)
         return np.concatenate(parts)
 
-    # Lanes begin with shortened first blocks, each of another length, so that they do not all turn to new row groups at once.
+    # Lanes begin with shortened first blocks, each of another length, so that they do not all turn to new row groups at
+    # once.
 
     def _first_block(self, lane: int) -> int:
         return max(1, self.block * (lane + 1) // self.lanes)
@@ -179,8 +180,8 @@ def per_device_batch(global_batch: int, world: int, accumulate: int = 1) -> int:
 class EvalPlan:
     """Evaluation in the order of the source, each image once, every rank with the same number of steps.
 
-    Rank r owns a contiguous range of rows, lengths differing by one at most; where it has no row left, a batch is filled
-    with a repeated row and marked not valid.
+    Rank r owns a contiguous range of rows, lengths differing by one at most; where it has no row left, a batch is
+    filled with a repeated row and marked not valid.
     """
 
     def __init__(self, images: int, *, batch: int, rank: int = 0, world: int = 1) -> None:
@@ -197,11 +198,14 @@ class EvalPlan:
 
 
 def image_seeds(seed: int, epoch: int, ids: Ids) -> Ids:
-    """A random seed an image, shape of `ids`, in [0, 2⁶³): a function of (seed, epoch, row id), however batches are cut."""
+    """A random seed an image, shape of `ids`, in [0, 2⁶³): a function of (seed, epoch, row id), not of how batches are
+    cut.
+    """
     key = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0]
     with np.errstate(over="ignore"):  # SplitMix64's finaliser on distinct odd steps; it wraps by design
         z = key + (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)
-    return (z >> np.uint64(1)).astype(np.int64)
+    seeds: Ids = (z >> np.uint64(1)).astype(np.int64)
+    return seeds
