@@ -1,6 +1,7 @@
 """What a recipe may say about its data. Imports no torch."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -56,3 +57,31 @@ class DataConfig:
     """Alpha of CutMix's Beta distribution; 0 is off."""
     random_erasing: float = 0.0
     """Probability that a random rectangle of a training image is erased."""
+
+
+def check(config: DataConfig) -> list[str]:
+    """What is impossible in these values: one sentence each, naming the keys. The source itself is asked later."""
+    problems = []
+    least = {"image_size": 71, "global_batch": 1, "eval_batch": 1, "shuffle_window": 1, "workers": 0, "prefetch": 1}
+    for name, lowest in least.items():
+        if getattr(config, name) < lowest:
+            why = ", the smallest image that Figure 5's network takes" if name == "image_size" else ""
+            problems.append(f"data.{name} must be at least {lowest}{why}, not {getattr(config, name)}.")
+    for name in ("train_images", "val_images"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            problems.append(f"data.{name} must be at least 1, or null to count them, not {getattr(config, name)}.")
+    local = _local(config.source)
+    if local is not None and not local.exists():
+        problems.append(f"data.source: there is no file or folder {config.source}.")
+    if config.revision is not None and (local is not None or config.source == "sample"):
+        problems.append(f"data.revision is for hub datasets and has no effect on {config.source}; remove it.")
+    if not config.workers and config.prefetch != DataConfig.prefetch:
+        problems.append("data.prefetch has no effect with data.workers 0; remove it or give workers.")
+    return problems
+
+
+def _local(source: str) -> Path | None:
+    """The path that a source names, or None for a hub dataset (`name` or `owner/name`) and the sample."""
+    path = Path(source).expanduser()
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith((".parquet", ".arrow"))
+    return path if looks_local or (source != "sample" and path.exists()) else None

@@ -34,6 +34,8 @@ class ModelConfig:
     """Input pixels per pixel of the last feature map, by dilation (xception only)."""
     grad_checkpointing: bool = False
     """Recompute the blocks' activations in the backward pass, to save memory."""
+    bn_momentum: float | None = None
+    """Weight of the newest batch in the running statistics; null keeps the network's own (xception: Keras' 0.01)."""
     channels_last: bool = True
     """NHWC memory layout of weights and activations."""
     compile: bool = False
@@ -49,6 +51,8 @@ def check(config: ModelConfig) -> list[str]:
             problems.append(f"model.{name} must be at least {lowest}, not {getattr(config, name)}.")
     if not 0 <= config.dropout < 1:
         problems.append(f"model.dropout must be at least 0 and below 1, not {config.dropout}.")
+    if config.bn_momentum is not None and not 0 < config.bn_momentum <= 1:
+        problems.append(f"model.bn_momentum must be above 0 and at most 1, or null, not {config.bn_momentum}.")
     if config.width <= 0:
         problems.append(f"model.width must be above 0, not {config.width}.")
     if config.segments is not None and config.segments < 1:

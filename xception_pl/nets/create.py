@@ -26,6 +26,15 @@ def create_network(config: ModelConfig) -> nn.Module:
     Raises:
         ValueError: the name is unknown, an option is out of its range, or it is none that this network has.
     """
+    network = _named(config)
+    if config.bn_momentum is not None:
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = config.bn_momentum
+    return network
+
+
+def _named(config: ModelConfig) -> nn.Module:
     if config.name == "xception":
         return Xception(
             config.num_classes,

@@ -1,7 +1,7 @@
 """What a recipe may say about the run. Imports no torch."""
 
 import importlib.util
-import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -111,7 +111,11 @@ def check_run(run: RunConfig) -> list[str]:
 
 
 def _writable(folder: Path) -> bool:
-    """Whether files can be made in `folder`, or in the nearest parent of it that exists; writes nothing."""
+    """Whether files can be made in `folder`, or in the nearest parent of it that exists; leaves nothing behind."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # os.access says yes to root everywhere
+            return True
+    except OSError:
+        return False
