@@ -1,0 +1,214 @@
+"""No dead knobs: every key of a recipe changes something that can be seen."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from xception_pl.build import build_data, build_module, build_trainer, find_devices
+from xception_pl.data.augment import DeviceAugment
+from xception_pl.optim.create import create_optimizer
+from xception_pl.recipe import Recipe, check, load_recipe, schema
+from xception_pl.run.interrupt import SignalFlag
+
+BASE = """
+model: {num_classes: 10, width: 0.125, middle_blocks: 1}
+data: {source: sample, val_split: test, image_size: 71, global_batch: 8, eval_batch: 4, workers: 0, shuffle_window: 512}
+"""
+
+
+def of_network(recipe: Recipe) -> Any:
+    """Shapes, layout, one training step's output and statistics, what is saved for the backward pass."""
+    module = build_module(recipe, images_per_epoch=64, total_steps=10)
+    module.on_fit_start()
+    compiled = module.network._compiled_call_impl is not None
+    module.network._compiled_call_impl = None  # compiling itself takes too long here: test_fit does it
+    saved = []
+    images = torch.randn(2, recipe.model.in_chans, 71, 71, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        logits = module.network(images)
+    layouts = {p.is_contiguous(memory_format=torch.channels_last) for p in module.network.parameters() if p.dim() == 4}
+    state = {name: (tuple(value.shape), float(value.double().sum())) for name, value in module.network.state_dict().items()}
+    with torch.no_grad():
+        features = module.network.forward_features(images).shape
+    return logits.double().sum().item(), sum(saved), layouts, state, compiled, features
+
+
+def of_optimiser(recipe: Recipe) -> Any:
+    """Groups and settings of the optimiser, the learning rate over 40 steps, losses, the average after two updates."""
+    module = build_module(recipe, images_per_epoch=64, total_steps=40)
+    optimizer = create_optimizer(recipe.optim, module.network)
+    groups = [{k: v if k != "params" else len(v) for k, v in group.items()} for group in optimizer.param_groups]
+    rates = [module.learning_rate(step) for step in range(40)]
+    logits = torch.linspace(-1, 1, 20).reshape(2, 10)
+    targets = torch.eye(10)[:2]
+    weight = next(module.network.parameters())
+    with torch.no_grad():
+        for _ in range(2):
+            weight += 1
+            if module.average is not None:
+                module.average.update(module.network)
+    return type(optimizer), groups, rates, module.loss(logits, targets).item(), float(next(module.evaluated.parameters()).detach().sum())
+
+
+def of_data(recipe: Recipe) -> Any:
+    """The first batches of both loaders as the network sees them, and how they are loaded; or what is wrong."""
+    data = build_data(recipe)
+    try:
+        train, val = data.train_dataloader(), data.val_dataloader()
+    except ValueError as error:
+        return str(error)
+    loading = [(len(x), x._loader.num_workers, x._loader.prefetch_factor) for x in (train, val)]
+    if recipe.data.workers:
+        return loading
+    device = DeviceAugment(recipe.data, recipe.model.num_classes)
+    batches = [device(next(iter(train)), True), device(next(iter(val)), False)]
+    return loading, [{name: (value.shape, hash(value.numpy().tobytes())) for name, value in batch.items()} for batch in batches]
+
+
+def of_trainer(recipe: Recipe, folder: Path) -> Any:
+    """The Trainer that is built, as it describes itself."""
+    accelerator, devices, missing = find_devices(recipe.trainer)
+    if accelerator == "gpu":
+        return accelerator, devices, missing
+    trainer, log = build_trainer(recipe, folder, accelerator=accelerator, devices=devices, signals=SignalFlag())
+    shown = (
+        [trainer.num_devices, trainer.num_nodes, trainer.world_size, type(trainer.strategy), trainer.precision],
+        [trainer.max_epochs, trainer.max_steps, trainer.accumulate_grad_batches, trainer.check_val_every_n_epoch],
+        [trainer.gradient_clip_val, trainer.gradient_clip_algorithm, trainer.limit_train_batches, trainer.limit_val_batches],
+        [trainer._accelerator_connector.strategy._layer_sync, torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark],
+        [torch.get_float32_matmul_precision(), log.every_n_steps, sorted(type(x).__name__ for x in trainer.callbacks)],
+        [type(logger).__name__ for logger in trainer.loggers],
+    )
+    torch.use_deterministic_algorithms(False)
+    return shown
+
+
+def of_run(recipe: Recipe, folder: Path) -> Any:
+    """Where the run goes, what is checked, what its callbacks and loggers do."""
+    from xception_pl.run.folder import planned_folder
+
+    trainer, _ = build_trainer(recipe, folder, accelerator="cpu", devices=1, signals=SignalFlag())
+    every = [x.save_every_steps for x in trainer.checkpoint_callbacks]
+    return planned_folder(recipe).parent, every, [type(x).__name__ for x in trainer.loggers], check(recipe)
+
+
+RMSPROP, COSINE = {"optim.name": "rmsprop"}, {"optim.schedule": "cosine", "optim.decay_rate": "0.94"}
+# Key: the value to change to, and what else the recipe must say for the key to have a meaning.
+CHANGES: dict[str, tuple[str, dict[str, str]]] = {
+    "seed": ("1", {}),
+    "model.name": ("resnet10t", {"model.width": "1", "model.middle_blocks": "8"}),
+    "model.num_classes": ("11", {}),
+    "model.in_chans": ("1", {}),
+    "model.dropout": ("0.2", {}),
+    "model.width": ("0.25", {}),
+    "model.channel_multiple": ("16", {}),
+    "model.middle_blocks": ("2", {}),
+    "model.residual": ("false", {}),
+    "model.intermediate_activation": ("elu", {}),
+    "model.segments": ("4", {}),
+    "model.fc_units": ("[16]", {}),
+    "model.output_stride": ("16", {}),
+    "model.grad_checkpointing": ("true", {}),
+    "model.bn_momentum": ("0.5", {}),
+    "model.channels_last": ("false", {}),
+    "model.compile": ("true", {}),
+    "optim.name": ("rmsprop", {}),
+    "optim.lr": ("0.1", {}),
+    "optim.momentum": ("0.8", {}),
+    "optim.nesterov": ("true", {}),
+    "optim.rho": ("0.8", RMSPROP),
+    "optim.eps": ("0.1", RMSPROP),
+    "optim.l2": ("0.1", {}),
+    "optim.l2_sense": ("keras", {}),
+    "optim.l2_on": ("all", {}),
+    "optim.schedule": ("cosine", {}),
+    "optim.decay_rate": ("0.5", {}),
+    "optim.decay_every_epochs": ("1", {}),
+    "optim.decay_every_samples": ("100", {"optim.decay_every_epochs": "0"}),
+    "optim.warmup_epochs": ("1", {}),
+    "optim.final_lr": ("0.01", COSINE),
+    "optim.loss": ("sigmoid", {}),
+    "optim.label_smoothing": ("0.1", {}),
+    "optim.ema_decay": ("0", {}),
+    "data.source": ("recipes", {}),
+    "data.revision": ("abc", {}),
+    "data.train_split": ("test", {}),
+    "data.val_split": ("train", {}),
+    "data.image_column": ("picture", {}),
+    "data.label_column": ("class", {}),
+    "data.train_images": ("5", {}),
+    "data.val_images": ("5", {}),
+    "data.image_size": ("75", {}),
+    "data.global_batch": ("16", {}),
+    "data.eval_batch": ("5", {}),
+    "data.shuffle_window": ("16", {}),
+    "data.workers": ("1", {}),
+    "data.prefetch": ("3", {"data.workers": "1"}),
+    "data.train_crop": ("resize", {}),
+    "data.crop_area_min": ("0.9", {}),
+    "data.eval_crop": ("timm", {}),
+    "data.flip": ("false", {"data.train_crop": "resize"}),
+    "data.color": ("full", {}),
+    "data.randaugment": ("2", {}),
+    "data.randaugment_magnitude": ("2", {"data.randaugment": "2"}),
+    "data.mixup": ("0.8", {}),
+    "data.cutmix": ("1.0", {}),
+    "data.random_erasing": ("1.0", {}),
+    "trainer.accelerator": ("gpu", {}),
+    "trainer.devices": ("2", {}),
+    "trainer.num_nodes": ("2", {}),
+    "trainer.strategy": ("ddp", {}),
+    "trainer.precision": ("bf16-mixed", {}),
+    "trainer.matmul_precision": ("medium", {}),
+    "trainer.max_epochs": ("3", {}),
+    "trainer.max_steps": ("7", {}),
+    "trainer.accumulate_grad_batches": ("2", {}),
+    "trainer.gradient_clip_val": ("1.0", {}),
+    "trainer.gradient_clip_algorithm": ("value", {"trainer.gradient_clip_val": "1.0"}),
+    "trainer.sync_batchnorm": ("true", {}),
+    "trainer.deterministic": ("true", {}),
+    "trainer.benchmark": ("true", {}),
+    "trainer.limit_train_batches": ("2", {}),
+    "trainer.limit_val_batches": ("2", {}),
+    "trainer.check_val_every_n_epoch": ("2", {}),
+    "trainer.log_every_n_steps": ("7", {}),
+    "trainer.enable_progress_bar": ("false", {}),
+    "run.folder": ("elsewhere", {}),
+    "run.name": ("named", {}),
+    "run.save_every_steps": ("3", {}),
+    "run.tensorboard": ("false", {}),
+    "run.wandb": ("project", {}),
+}
+OBSERVERS: dict[str, Callable[..., Any]] = {"model": of_network, "optim": of_optimiser, "data": of_data, "seed": of_data}
+
+
+def test_the_list_is_complete() -> None:
+    assert set(CHANGES) == {key.name for key in schema()}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_every_key_changes_something(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    section = key.partition(".")[0]
+
+    def observed(overrides: dict[str, str]) -> Any:
+        monkeypatch.delenv("XCEPTION_PL_RUN_FOLDER", raising=False)
+        try:
+            recipe = load_recipe(path, overrides)
+        except Exception as error:  # a refusal is an effect too
+            return str(error)
+        if section in OBSERVERS:
+            return OBSERVERS[section](recipe)
+        observer = {"trainer": of_trainer, "run": of_run}[section]
+        return observer(recipe, tmp_path / "run")
+
+    value, needed = CHANGES[key]
+    needed = {name: text for name, text in needed.items() if name != "optim.decay_rate"}
+    before, after = observed(needed), observed({**needed, key: value})
+    assert repr(before) != repr(after)
