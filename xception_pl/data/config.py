@@ -4,6 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from xception_pl.data.errors import DataError
+
+SAMPLE = "sample"
+SMALLEST_IMAGE = 71  # pixels: below, the network's last feature map is empty
+
 
 @dataclass(kw_only=True)
 class DataConfig:
@@ -60,28 +65,73 @@ class DataConfig:
 
 
 def check(config: DataConfig) -> list[str]:
-    """What is impossible in these values: one sentence each, naming the keys. The source itself is asked later."""
-    problems = []
-    least = {"image_size": 71, "global_batch": 1, "eval_batch": 1, "shuffle_window": 1, "workers": 0, "prefetch": 1}
-    for name, lowest in least.items():
-        if getattr(config, name) < lowest:
-            why = ", the smallest image that Figure 5's network takes" if name == "image_size" else ""
-            problems.append(f"data.{name} must be at least {lowest}{why}, not {getattr(config, name)}.")
-    for name in ("train_images", "val_images"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            problems.append(f"data.{name} must be at least 1, or null to count them, not {getattr(config, name)}.")
-    local = _local(config.source)
-    if local is not None and not local.exists():
-        problems.append(f"data.source: there is no file or folder {config.source}.")
-    if config.revision is not None and (local is not None or config.source == "sample"):
-        problems.append(f"data.revision is for hub datasets and has no effect on {config.source}; remove it.")
-    if not config.workers and config.prefetch != DataConfig.prefetch:
-        problems.append("data.prefetch has no effect with data.workers 0; remove it or give workers.")
-    return problems
+    """What is impossible about a configuration, a sentence each. Opens no file, asks no network."""
+    wrong = []
+
+    def need(holds: bool, sentence: str) -> None:
+        if not holds:
+            wrong.append(sentence)
+
+    try:
+        if local_path(config.source) is not None and config.revision is not None:
+            wrong.append(
+                f"data.revision {config.revision} is a git revision of a hub dataset, but data.source "
+                f"{config.source} is local: leave it out."
+            )
+    except DataError as error:
+        wrong.append(str(error))
+    need(
+        config.image_size >= SMALLEST_IMAGE,
+        f"data.image_size {config.image_size} is below {SMALLEST_IMAGE} px, the smallest input of the network.",
+    )
+    for key, least in (
+        ("global_batch", 1),
+        ("eval_batch", 1),
+        ("shuffle_window", 1),
+        ("prefetch", 1),
+        ("workers", 0),
+        ("randaugment", 0),
+        ("train_images", 1),
+        ("val_images", 1),
+    ):
+        value = getattr(config, key)
+        need(value is None or value >= least, f"data.{key} {value} is below {least}.")
+    for key in ("mixup", "cutmix"):
+        need(getattr(config, key) >= 0, f"data.{key} {getattr(config, key)} is negative: 0 switches it off.")
+    for key, low, high in (
+        ("crop_area_min", 0.0, 1.0),
+        ("random_erasing", 0.0, 1.0),
+        ("randaugment_magnitude", 0.0, 10.0),
+    ):
+        value = getattr(config, key)
+        need(low <= value <= high, f"data.{key} {value} is not within {low:g} to {high:g}.")
+    if config.train_images is not None and 0 < config.train_images < config.global_batch:
+        wrong.append(
+            f"data.global_batch {config.global_batch} is more than data.train_images {config.train_images}: "
+            "an epoch would have no step."
+        )
+    for key in ("image_column", "label_column", "train_split", "val_split"):
+        need(bool(getattr(config, key)), f"data.{key} is empty.")
+    need(
+        config.image_column != config.label_column,
+        f"data.image_column and data.label_column are both {config.image_column!r}.",
+    )
+    return wrong
 
 
-def _local(source: str) -> Path | None:
-    """The path that a source names, or None for a hub dataset (`name` or `owner/name`) and the sample."""
+def local_path(source: str) -> Path | None:
+    """The path that a source names, or None for a hub id.
+
+    Raises:
+        DataError: when it is written as a path and nothing is there.
+    """
+    if source == SAMPLE:
+        return Path(__file__).parent / "sample"
     path = Path(source).expanduser()
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith((".parquet", ".arrow"))
-    return path if looks_local or (source != "sample" and path.exists()) else None
+    if path.exists():
+        return path
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix == ".parquet":
+        raise DataError(
+            f"data.source {source} does not exist: give a folder, a Parquet file, a hub dataset id or `sample`."
+        )
+    return None

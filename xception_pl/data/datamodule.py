@@ -179,7 +179,7 @@ class ImageNetDataModule(pl.LightningDataModule):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """The part of the work that is done on the device: colour, mixing, scaling to [-1, 1]."""
         if self._augment is None:
-            self._augment = DeviceAugment(self.config, len(self.class_names))
+            self._augment = DeviceAugment(self.config, self._format().classes)
         training = self.trainer is not None and bool(self.trainer.training)
         changed: Batch = self._augment(batch, training)
         return changed

@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
+from xception_pl.data.config import local_path
 from xception_pl.data.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
 
-SAMPLE = "sample"
 _FOOTER_THREADS = 16
 
 
@@ -131,24 +131,6 @@ def table_split(
         rows=np.ones(len(table), np.int64),
         table=table,
     )
-
-
-def local_path(source: str) -> Path | None:
-    """The path that a source names, or None for a hub id.
-
-    Raises:
-        DataError: when it is written as a path and nothing is there.
-    """
-    if source == SAMPLE:
-        return Path(__file__).parent / "sample"
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix == ".parquet":
-        raise DataError(
-            f"data.source {source} does not exist: give a folder, a Parquet file, a hub dataset id or `sample`."
-        )
-    return None
 
 
 def _builder(source: str, path: Path | None, revision: str | None) -> "datasets.DatasetBuilder":
