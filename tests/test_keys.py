@@ -31,7 +31,9 @@ def of_network(recipe: Recipe) -> Any:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
         logits = module.network(images)
     layouts = {p.is_contiguous(memory_format=torch.channels_last) for p in module.network.parameters() if p.dim() == 4}
-    state = {name: (tuple(value.shape), float(value.double().sum())) for name, value in module.network.state_dict().items()}
+    state = {
+        name: (tuple(value.shape), float(value.double().sum())) for name, value in module.network.state_dict().items()
+    }
     with torch.no_grad():
         features = module.network.forward_features(images).shape
     return logits.double().sum().item(), sum(saved), layouts, state, compiled, features
@@ -51,7 +53,13 @@ def of_optimiser(recipe: Recipe) -> Any:
             weight += 1
             if module.average is not None:
                 module.average.update(module.network)
-    return type(optimizer), groups, rates, module.loss(logits, targets).item(), float(next(module.evaluated.parameters()).detach().sum())
+    return (
+        type(optimizer),
+        groups,
+        rates,
+        module.loss(logits, targets).item(),
+        float(next(module.evaluated.parameters()).detach().sum()),
+    )
 
 
 def of_data(recipe: Recipe) -> Any:
@@ -66,7 +74,9 @@ def of_data(recipe: Recipe) -> Any:
         return loading
     device = DeviceAugment(recipe.data, recipe.model.num_classes)
     batches = [device(next(iter(train)), True), device(next(iter(val)), False)]
-    return loading, [{name: (value.shape, hash(value.numpy().tobytes())) for name, value in batch.items()} for batch in batches]
+    return loading, [
+        {name: (value.shape, hash(value.numpy().tobytes())) for name, value in batch.items()} for batch in batches
+    ]
 
 
 def of_trainer(recipe: Recipe, folder: Path) -> Any:
@@ -78,8 +88,17 @@ def of_trainer(recipe: Recipe, folder: Path) -> Any:
     shown = (
         [trainer.num_devices, trainer.num_nodes, trainer.world_size, type(trainer.strategy), trainer.precision],
         [trainer.max_epochs, trainer.max_steps, trainer.accumulate_grad_batches, trainer.check_val_every_n_epoch],
-        [trainer.gradient_clip_val, trainer.gradient_clip_algorithm, trainer.limit_train_batches, trainer.limit_val_batches],
-        [trainer._accelerator_connector.strategy._layer_sync, torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark],
+        [
+            trainer.gradient_clip_val,
+            trainer.gradient_clip_algorithm,
+            trainer.limit_train_batches,
+            trainer.limit_val_batches,
+        ],
+        [
+            trainer._accelerator_connector.strategy._layer_sync,
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.cudnn.benchmark,
+        ],
         [torch.get_float32_matmul_precision(), log.every_n_steps, sorted(type(x).__name__ for x in trainer.callbacks)],
         [type(logger).__name__ for logger in trainer.loggers],
     )
@@ -183,7 +202,12 @@ CHANGES: dict[str, tuple[str, dict[str, str]]] = {
     "run.tensorboard": ("false", {}),
     "run.wandb": ("project", {}),
 }
-OBSERVERS: dict[str, Callable[..., Any]] = {"model": of_network, "optim": of_optimiser, "data": of_data, "seed": of_data}
+OBSERVERS: dict[str, Callable[..., Any]] = {
+    "model": of_network,
+    "optim": of_optimiser,
+    "data": of_data,
+    "seed": of_data,
+}
 
 
 def test_the_list_is_complete() -> None:

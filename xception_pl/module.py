@@ -123,7 +123,7 @@ class XceptionModule(LightningModule):
         self.eval()
         scaled = images.to(self.device)
         scaled = scaled.float() / 127.5 - 1 if images.dtype == torch.uint8 else scaled
-        probabilities = self._probabilities(self(scaled.to(self.dtype)))
+        probabilities = self._probabilities(self(scaled))
         self.train(training)
         return probabilities
 
@@ -132,6 +132,7 @@ class XceptionModule(LightningModule):
         return logits.sigmoid() if self.optim_config.loss == "sigmoid" else logits.softmax(dim=1)
 
     def _layout(self, images: Tensor) -> Tensor:
+        images = images.to(self.dtype)  # float64 where the precision is 64-true
         return images.contiguous(memory_format=torch.channels_last) if self.model_config.channels_last else images
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

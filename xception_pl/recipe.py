@@ -85,13 +85,22 @@ def schema(config: type = Recipe, prefix: str = "") -> Iterator[Key]:
             yield Key(prefix + item.name, hints[item.name], item.default, docs[item.name])
 
 
+def find_recipe(path: str | Path) -> Path:
+    """The file that a recipe's name means: itself, or, without a clone, the shipped one for `recipes/…`."""
+    path = Path(path)
+    if not path.exists() and path.parts[:1] == ("recipes",):
+        package = Path(__file__).parent  # a wheel has the recipes inside the package, a checkout beside it
+        return next((folder / path for folder in (package, package.parent) if (folder / path).exists()), path)
+    return path
+
+
 def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
     """Reads a recipe, applies overrides (dotted key to text), checks everything that needs no torch.
 
     Raises:
         RecipeError: with one sentence for each mistake.
     """
-    path = Path(path)
+    path = find_recipe(path)
     leaves, problems = _read_leaves(path, ())
     leaves |= {key: (value, f"--{key}") for key, value in (overrides or {}).items()}
     recipe, mistyped = _typed(leaves)

@@ -47,14 +47,15 @@ class Plan:
 
     def problems(self) -> list[str]:
         """What makes the run impossible."""
-        if self.epoch_steps == 0:
-            if self.recipe.trainer.limit_train_batches is not None:
-                return [
-                    "trainer.limit_train_batches is below trainer.accumulate_grad_batches: an epoch would have no step."
-                ]
+        batch, images = self.recipe.data.global_batch, self.train_images
+        if images is not None and images < batch:
             return [
-                f"data.global_batch {self.recipe.data.global_batch} is more than the {self.train_images} training images: "
-                "an epoch would have no step; choose a smaller batch."
+                f"data.global_batch {batch} is more than the {images} training images: an epoch would have no step; "
+                "choose a smaller batch."
+            ]
+        if self.epoch_steps == 0:
+            return [
+                "trainer.limit_train_batches is below trainer.accumulate_grad_batches: an epoch would have no step."
             ]
         return []
 
