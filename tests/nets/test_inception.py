@@ -46,7 +46,9 @@ def test_inception_module_concatenates_its_four_towers() -> None:
     assert torch.equal(y[:, 17:], module.tower_pool(x))
 
 
-@pytest.mark.parametrize(("tower", "reach"), [("tower_1x1", 0), ("tower_3x3", 1), ("tower_3x3_3x3", 2), ("tower_pool", 1)])
+@pytest.mark.parametrize(
+    ("tower", "reach"), [("tower_1x1", 0), ("tower_3x3", 1), ("tower_3x3_3x3", 2), ("tower_pool", 1)]
+)
 def test_inception_towers_see_as_far_as_figure_1_draws(tower: str, reach: int) -> None:
     module = InceptionModule(4, tower_1x1=4, tower_3x3=(4, 4), tower_3x3_3x3=(4, 4, 4), tower_pool=4).eval()
     for name, weight in module.named_parameters():
@@ -117,5 +119,7 @@ def test_worked_example_36_channels_in_3_groups_to_18() -> None:
 
 @pytest.mark.parametrize("make", [SimplifiedInceptionModule, GroupedInceptionModule])
 def test_towers_that_do_not_divide_are_refused(make: type) -> None:
-    with pytest.raises(ValueError, match=r"=3 does not divide both mid_channels=36 and out_channels=20: use a divisor of 4$"):
+    with pytest.raises(
+        ValueError, match=r"=3 does not divide both mid_channels=36 and out_channels=20: use a divisor of 4$"
+    ):
         make(8, 36, 20)
