@@ -85,7 +85,7 @@ class Block(nn.Module):
         self.depth = len(widths)
         self.relu_first = relu_first
         self.pool_stride = pool_stride
-        self.identity_shortcut = shortcut and pool_stride is None
+        self.has_shortcut = shortcut
         self.dilation = dilation
         for i, (channels, width) in enumerate(zip((in_channels, *widths), widths, strict=False), start=1):
             self.add_module(f"sepconv{i}", conv(channels, width, dilation=dilation))
@@ -94,7 +94,7 @@ class Block(nn.Module):
         if shortcut and pool_stride is not None:
             self.shortcut = nn.Conv2d(in_channels, widths[-1], 1, stride=pool_stride, bias=False)
             self.shortcut_bn = BatchNorm(widths[-1])
-        assert not self.identity_shortcut or in_channels == widths[-1], "an identity shortcut keeps the channels"
+        assert in_channels == widths[-1] or pool_stride or not shortcut, "an identity shortcut keeps the channels"
 
     def forward(self, inputs: Tensor) -> Tensor:
         x = inputs
@@ -107,7 +107,7 @@ class Block(nn.Module):
             x = same_max_pool(x, self.pool_stride, self.dilation)
         if self.shortcut is not None:
             x = x + self.shortcut_bn(self.shortcut(inputs))
-        elif self.identity_shortcut:
+        elif self.has_shortcut:
             x = x + inputs
         return x
 
