@@ -1,11 +1,11 @@
 """Make the numbers again that the tests compare with: TensorFlow's own operations, and Keras' Xception in training.
 
-Needs an interpreter of its own, with `pip install tensorflow-cpu keras` (nothing of this project). From the repository's root:
+Needs an interpreter of its own, with `pip install tensorflow-cpu keras` and nothing of this project. From the root:
 
     PATH/TO/python -m scripts.references.make_tensorflow_references [FOLDER]
 
-writes `tensorflow_ops.json` and `xception_trajectory.json` to FOLDER (by default tests/references). Everything is float64 and
-drawn from the seed in tests/references/seeded.py.
+writes `tensorflow_ops.json` and `xception_trajectory.json` to FOLDER (by default tests/references). Everything is
+float64 and drawn from the seed in tests/references/seeded.py.
 """
 
 import json
@@ -51,7 +51,7 @@ def optimizer_steps(make: Callable[[Callable[[], tf.Tensor]], Any], learning_rat
 
 
 def averaging(decay: float, steps: int) -> dict[str, Any]:
-    """ExponentialMovingAverage with num_updates 0, 1, 2 …"""
+    """ExponentialMovingAverage with num_updates 0, 1, 2 … (it computes the decay in float32)."""
     draw = seeded.generator("average")
     variable = tf.Variable(draw.normal(size=4))
     updates = tf.Variable(0, dtype=tf.int64)
@@ -69,9 +69,9 @@ def averaging(decay: float, steps: int) -> dict[str, Any]:
 
 def staircase(learning_rate: float, decay_rate: float, decay_steps: int, steps: list[int]) -> dict[str, Any]:
     """exponential_decay, in steps."""
-    rate = tf.constant(learning_rate, tf.float64)
+    rate, factor = tf.constant(learning_rate, tf.float64), tf.constant(decay_rate, tf.float64)
     rates = [
-        float(v1.exponential_decay(rate, tf.constant(step, tf.int64), decay_steps, decay_rate, staircase=True)())
+        float(v1.exponential_decay(rate, tf.constant(step, tf.int64), decay_steps, factor, staircase=True)())
         for step in steps
     ]
     return {
@@ -116,19 +116,17 @@ def losses(smoothing: float) -> dict[str, Any]:
 
 def tensorflow_ops() -> dict[str, Any]:
     falling = [0.1] * 3 + [0.05] * 3 + [0.01] * 4
+    # As tensors: TensorFlow makes float32 of Python's numbers.
+    momentum, rho, one, small = (tf.constant(x, tf.float64) for x in (0.9, 0.8, 1.0, 1.0e-3))
     return {
-        "momentum": optimizer_steps(lambda rate: v1.MomentumOptimizer(rate, 0.9), falling),
-        "nesterov": optimizer_steps(lambda rate: v1.MomentumOptimizer(rate, 0.9, use_nesterov=True), falling),
-        "rmsprop_eps_1": optimizer_steps(
-            lambda rate: v1.RMSPropOptimizer(rate, decay=0.9, momentum=0.9, epsilon=1.0), falling
-        ),
-        "rmsprop_eps_small": optimizer_steps(
-            lambda rate: v1.RMSPropOptimizer(rate, decay=0.9, momentum=0.9, epsilon=1.0e-3), falling
-        ),
+        "momentum": optimizer_steps(lambda rate: v1.MomentumOptimizer(rate, momentum), falling),
+        "nesterov": optimizer_steps(lambda rate: v1.MomentumOptimizer(rate, momentum, use_nesterov=True), falling),
+        "rmsprop_eps_1": optimizer_steps(lambda rate: v1.RMSPropOptimizer(rate, rho, momentum, one), falling),
+        "rmsprop_eps_small": optimizer_steps(lambda rate: v1.RMSPropOptimizer(rate, rho, momentum, small), falling),
         "averaging_early": averaging(0.9999, 12),
         "averaging_capped": averaging(0.5, 20),
         "staircase": staircase(0.045, 0.94, 10009, [0, 1, 10008, 10009, 20017, 20018, 100090, 1000900]),
-        "penalties": penalties(0.25),
+        "penalties": penalties(0.25),  # exact in float32
         "losses": losses(0.1),
     }
 
