@@ -1,10 +1,14 @@
 """The spectrum from a regular to a depthwise separable convolution, by number of channel segments (sections 1.2, 5)."""
 
+from functools import partial
 from typing import Literal, get_args
 
 from torch import Tensor, nn
 
 Activation = Literal["none", "relu", "elu"]
+
+# Keras' BatchNormalization: epsilon 1e-3, and momentum 0.99, which weighs the old statistics; PyTorch's weighs the new.
+BatchNorm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
 
 
 def activation_layer(name: Activation) -> nn.Module:
@@ -105,3 +109,16 @@ class SeparableConv2d(SegmentedConv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, segments=in_channels, activation=activation, dilation=dilation
         )
+
+
+def initialize(network: nn.Module) -> None:
+    """Keras' defaults (keras/src/layers/convolutional): Glorot uniform kernels, zero biases.
+
+    Keras counts a depthwise kernel (3, 3, C, 1) as 9·C units in and 9 out, PyTorch its (C, 1, 3, 3) as 9 in and 9·C
+    out; Glorot's limit, sqrt(6 / (in + out)), is the same, here and for every other kernel.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -11,10 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from xception_pl.nets.convs import Activation, SegmentedConv2d, SeparableConv2d, divisors
-
-# Keras' BatchNormalization: epsilon 1e-3, and momentum 0.99, which weighs the old statistics; PyTorch's weighs the new.
-BatchNorm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
+from xception_pl.nets.convs import Activation, BatchNorm, SegmentedConv2d, SeparableConv2d, divisors, initialize
 
 
 def same_max_pool(x: Tensor, stride: int, dilation: int = 1) -> Tensor:
@@ -88,7 +85,7 @@ class Block(nn.Module):
         self.depth = len(widths)
         self.relu_first = relu_first
         self.pool_stride = pool_stride
-        self.identity_shortcut = shortcut and pool_stride is None
+        self.has_shortcut = shortcut
         self.dilation = dilation
         for i, (channels, width) in enumerate(zip((in_channels, *widths), widths, strict=False), start=1):
             self.add_module(f"sepconv{i}", conv(channels, width, dilation=dilation))
@@ -97,7 +94,7 @@ class Block(nn.Module):
         if shortcut and pool_stride is not None:
             self.shortcut = nn.Conv2d(in_channels, widths[-1], 1, stride=pool_stride, bias=False)
             self.shortcut_bn = BatchNorm(widths[-1])
-        assert not self.identity_shortcut or in_channels == widths[-1], "an identity shortcut keeps the channels"
+        assert in_channels == widths[-1] or pool_stride or not shortcut, "an identity shortcut keeps the channels"
 
     def forward(self, inputs: Tensor) -> Tensor:
         x = inputs
@@ -110,7 +107,7 @@ class Block(nn.Module):
             x = same_max_pool(x, self.pool_stride, self.dilation)
         if self.shortcut is not None:
             x = x + self.shortcut_bn(self.shortcut(inputs))
-        elif self.identity_shortcut:
+        elif self.has_shortcut:
             x = x + inputs
         return x
 
@@ -177,6 +174,7 @@ class Xception(nn.Module):
             fc_units=fc_units,
             output_stride=output_stride,
         )
+        # channel counts, by their names in Figure 5
         c32, c64, c128, c256, c728, c1024, c1536, c2048 = (
             max(1, int(channels * width / channel_multiple + 0.5)) * channel_multiple
             for channels in (32, 64, 128, 256, 728, 1024, 1536, 2048)
@@ -353,21 +351,9 @@ class Xception(nn.Module):
         return [maps[i] for i in indices]
 
     def _recomputed(self, block: nn.Module, x: Tensor) -> Any:
-        contexts = _plain_contexts if torch.compiler.is_compiling() else partial(_recompute_contexts, block)
-        return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
-
-
-def initialize(network: nn.Module) -> None:
-    """Keras' defaults (keras/src/layers/convolutional): Glorot uniform kernels, zero biases.
-
-    Keras counts a depthwise kernel (3, 3, C, 1) as 9·C units in and 9 out, PyTorch its (C, 1, 3, 3) as 9 in and 9·C
-    out; Glorot's limit, sqrt(6 / (in + out)), is the same, here and for every other kernel.
-    """
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        if torch.compiler.is_compiling():  # a compiled graph updates the running statistics once by itself
+            return checkpoint(block, x, use_reentrant=False)
+        return checkpoint(block, x, use_reentrant=False, context_fn=partial(_recompute_contexts, block))
 
 
 def _called(block: nn.Module, x: Tensor) -> Any:
@@ -376,24 +362,22 @@ def _called(block: nn.Module, x: Tensor) -> Any:
 
 @contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Batch normalisation still uses the batch's statistics, but leaves its running ones alone."""
-    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.track_running_stats = not norm.training
+    """Batch normalisation still normalises by the batch, but adds nothing to its running statistics."""
+    kept = [
+        (norm, norm.momentum, norm.num_batches_tracked) for norm in block.modules() if isinstance(norm, nn.BatchNorm2d)
+    ]
+    for norm, _, _ in kept:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, count in kept:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _recompute_contexts(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Contexts of the first and the second pass; the second must not count the batch in the statistics again."""
     return nullcontext(), _statistics_kept(block)
-
-
-def _plain_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    return nullcontext(), nullcontext()  # a compiled graph updates each buffer once
 
 
 def _check_options(
