@@ -45,7 +45,6 @@ class MeanAveragePrecisionAtK(Metric):
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
 
-    class_weights: Tensor | None
     gained: Tensor
     possible: Tensor
 
@@ -57,7 +56,7 @@ class MeanAveragePrecisionAtK(Metric):
         if weights is not None and not (weights.isfinite().all() and (weights >= 0).all() and (weights > 0).any()):
             raise ValueError("class weights must be finite and non-negative, and one of them positive")
         self.k = k
-        self.register_buffer("class_weights", weights, persistent=False)
+        self.class_weights = weights  # no buffer: module.to(torch.bfloat16) would round it
         self.add_state("gained", torch.zeros((), dtype=_SUM), dist_reduce_fx="sum")
         self.add_state("possible", torch.zeros((), dtype=_SUM), dist_reduce_fx="sum")
 
@@ -78,7 +77,10 @@ class MeanAveragePrecisionAtK(Metric):
             raise ValueError(f"there are {len(self.class_weights)} class weights for {classes} classes")
 
         positive = targets > 0
-        weights = positive.to(_SUM) if self.class_weights is None else positive * self.class_weights
+        weights = positive.to(_SUM)
+        if self.class_weights is not None:
+            self.class_weights = self.class_weights.to(scores.device)
+            weights = weights * self.class_weights
         scores = torch.where(scores.isnan(), -torch.inf, scores)
         first = scores.sort(dim=1, descending=True, stable=True).indices[:, : self.k]
 
@@ -89,8 +91,9 @@ class MeanAveragePrecisionAtK(Metric):
         possible = weights.topk(first.shape[1], dim=1).values.sum(1)
         share = positive.sum(1).clamp(1, self.k)  # an image without a positive adds 0 / 1 to both sums
 
-        self.gained += (gained / share).sum()
-        self.possible += (possible / share).sum()
+        # Not in place, so that a state which module.to(torch.bfloat16) has rounded is float64 again.
+        self.gained = self.gained + (gained / share).sum()
+        self.possible = self.possible + (possible / share).sum()
 
     def compute(self) -> Tensor:
         """The metric so far, a scalar in [0, 1]; NaN if no image had a positive."""

@@ -1,8 +1,10 @@
 """Make the numbers again that the tests compare with: TensorFlow's own operations, and Keras' Xception in training.
 
-Needs an interpreter of its own, with `pip install tensorflow-cpu keras` and nothing of this project. From the root:
+Needs an interpreter of its own, with TensorFlow and Keras and nothing of this project. From the root:
 
-    PATH/TO/python -m scripts.references.make_tensorflow_references [FOLDER]
+    python -m venv build/tensorflow
+    build/tensorflow/bin/pip install tensorflow-cpu==2.21.0 keras==3.15.1
+    build/tensorflow/bin/python -m scripts.references.make_tensorflow_references [FOLDER]
 
 writes `tensorflow_ops.json` and `xception_trajectory.json` to FOLDER (by default tests/references). Everything is
 float64 and drawn from the seed in tests/references/seeded.py.

@@ -26,7 +26,10 @@ class PolyakAverage(nn.Module):
 
     The copy is in evaluation mode, whatever `train()` asks for. Weights, statistics and the count of updates are in the
     state dict, so a run resumes with no further care. As a submodule it adds nothing to train: no parameter of it
-    requires a gradient.
+    requires a gradient. Under DDP every process keeps the same average; of running statistics it is that of process 0,
+    which DDP broadcasts with all buffers.
+
+    The average has the network's precision. In bfloat16 it would not move: `1 - d` is below its resolution.
 
     Args:
         network: the network to follow. It is copied with its present weights, dtypes and memory formats; a compiled
@@ -68,15 +71,16 @@ class PolyakAverage(nn.Module):
         values = [*network.parameters(), *network.buffers()]
         if [s.shape for s in shadows] != [v.shape for v in values]:
             raise ValueError("the network to average has other parameters or buffers than the one that was copied")
-        pairs = list(zip(shadows, values, strict=True))
-        averaged = [(s, v) for s, v in pairs if s.is_floating_point()]
-        copied = [(s, v) for s, v in pairs if not s.is_floating_point()]
-
-        differences = torch._foreach_sub([s for s, _ in averaged], [v for _, v in averaged])
-        torch._foreach_mul_(differences, self._pull())
-        torch._foreach_sub_([s for s, _ in averaged], differences)
-        if copied:
-            torch._foreach_copy_([s for s, _ in copied], [v for _, v in copied])
+        pull = self._pull()
+        for dtype in {shadow.dtype for shadow in shadows}:  # a fused operation takes tensors of one dtype
+            mine = [shadow for shadow in shadows if shadow.dtype == dtype]
+            theirs = [value for shadow, value in zip(shadows, values, strict=True) if shadow.dtype == dtype]
+            if dtype.is_floating_point:
+                differences = torch._foreach_sub(mine, theirs)
+                torch._foreach_mul_(differences, pull.to(dtype))
+                torch._foreach_sub_(mine, differences)
+            else:
+                torch._foreach_copy_(mine, theirs)
         self.updates += 1
 
     def _pull(self) -> Tensor:
