@@ -81,6 +81,7 @@ def test_a_run_writes_its_folder_and_its_table(run: Any, capsys: pytest.CaptureF
         "recipe.yaml",
         "environment.json",
         "metrics.csv",
+        "results.json",
         "curves.png",
         "checkpoints/last.ckpt",
         "checkpoints/best.ckpt",
@@ -93,6 +94,9 @@ def test_a_run_writes_its_folder_and_its_table(run: Any, capsys: pytest.CaptureF
     printed = capsys.readouterr().out
     for line in ("batch     8 = 1 devices × 8 × 1 accumulated", "top-1", "top-5", f"written to {folder}/"):
         assert line in printed
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["steps"], results["parameters"]) == (12, 158_058)
+    assert 0 <= results["val_top1"] <= results["val_top5"] <= 1
     rows = logged(folder)
     assert [int(row["step"]) for row in rows] == [4, 6, 6, 8, 12, 12]  # windows, epochs' ends, validations
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -13,7 +13,7 @@ from xception_pl.data.errors import DataError
 from xception_pl.module import XceptionModule
 from xception_pl.recipe import Recipe, RecipeError, check_batch
 from xception_pl.run.figures import draw_curves
-from xception_pl.run.folder import find_checkpoint, folder_of, planned_folder, write_description
+from xception_pl.run.folder import find_checkpoint, folder_of, planned_folder, write_description, write_results
 from xception_pl.run.interrupt import Interrupted, SignalFlag
 from xception_pl.run.log import RunLog
 from xception_pl.run.plan import Plan
@@ -32,11 +32,16 @@ class Prepared:
     checkpoint: Path | None = None
     changed: list[str] = field(default_factory=list)
 
+    @property
+    def parameters(self) -> int:
+        """Parameters of the network."""
+        return sum(parameter.numel() for parameter in self.module.network.parameters())
+
     def lines(self) -> list[str]:
         """The plan as text."""
         nodes = self.plan.recipe.trainer.num_nodes
         lines = self.plan.lines(
-            parameters=sum(parameter.numel() for parameter in self.module.network.parameters()),
+            parameters=self.parameters,
             hardware=f"{self.devices} × {self.accelerator}" + (f" × {nodes} nodes" if nodes > 1 else ""),
             learning_rate=self.module.learning_rate,
             folder=f"{self.folder}/",
@@ -59,19 +64,21 @@ def prepare(recipe: Recipe, *, resume: str | None = None, dry_run: bool = False)
         raise RecipeError(problems)
     data = build_data(recipe)
     unchecked = missing if dry_run else []
+    images: tuple[int | None, int | None]
+    class_names: list[str] | None
     try:
         data.prepare()
-        train_images, val_images, class_names = data.train_images, data.val_images, list(data.class_names)
+        images, class_names = (data.train_images, data.val_images), list(data.class_names)
     except DataError as error:
         if not dry_run or recipe.data.train_images is None:
             raise
         unchecked = [*unchecked, str(error)]
-        train_images, val_images, class_names = recipe.data.train_images, recipe.data.val_images, None
+        images, class_names = (recipe.data.train_images, recipe.data.val_images), None
     plan = Plan(
         recipe=recipe,
         ranks=devices * recipe.trainer.num_nodes,
-        train_images=train_images,
-        val_images=val_images,
+        train_images=images[0],
+        val_images=images[1],
         unchecked=unchecked,
     )
     if plan.problems():
@@ -80,7 +87,7 @@ def prepare(recipe: Recipe, *, resume: str | None = None, dry_run: bool = False)
         plan=plan,
         data=data,
         module=build_module(
-            recipe, images_per_epoch=train_images, total_steps=plan.total_steps, class_names=class_names
+            recipe, images_per_epoch=plan.train_images, total_steps=plan.total_steps, class_names=class_names
         ),
         folder=folder or planned_folder(recipe),
         accelerator=accelerator,
@@ -114,6 +121,7 @@ def train(prepared: Prepared, signals: SignalFlag, *, command: Arguments) -> int
     if trainer.is_global_zero:
         draw_curves(folder / "metrics.csv", folder / "curves.png", f"{recipe.run.name}, {folder.name}")
         if code == 0:
+            write_results(folder, {"steps": trainer.global_step, "parameters": prepared.parameters, **log.latest})
             print("\n".join(_results(prepared, log)), flush=True)
     return code
 
@@ -138,6 +146,7 @@ def _results(prepared: Prepared, log: RunLog) -> list[str]:
         "curves.png": "loss, accuracy and learning rate",
         "metrics.csv": "every logged step",
         "tensorboard": f"tensorboard --logdir {prepared.plan.recipe.run.folder}",
+        "results.json": "the final numbers",
         "recipe.yaml": "the resolved recipe",
         "environment.json": "versions, git commit, hardware",
         "checkpoints/last.ckpt": "resumes the run",

@@ -64,6 +64,13 @@ def write_description(folder: Path, recipe: Recipe) -> None:
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
 
 
+def write_results(folder: Path, results: dict[str, float]) -> None:
+    """Writes `results.json`, the mark of a run that has finished: last step, parameters and the newest of each metric."""
+    partial = folder / "results.json.partial"
+    partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / "results.json")
+
+
 def environment() -> dict[str, Any]:
     """Versions, git commit, hardware and command: what a reader needs to trust or repeat a number."""
     import torch
