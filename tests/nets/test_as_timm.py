@@ -119,6 +119,12 @@ def test_stop_early_ends_with_the_last_wanted_map() -> None:
         network.forward_intermediates(torch.randn(1, 3, 71, 71), output_fmt="NHWC")
 
 
+def test_maps_that_do_not_exist_are_refused() -> None:
+    for indices in ((0, 5), (-6,), 6, 0, ()):
+        with pytest.raises(ValueError, match="are not among the 5 feature maps: use 0 to 4"):
+            timm.create_model("xception_pl", features_only=True, out_indices=indices, **SMALL)
+
+
 def test_as_a_classifier() -> None:
     network = timm.create_model("xception_pl", num_classes=5, in_chans=1, drop_rate=0.3, **SMALL)
     assert isinstance(network, Xception)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from xception_pl.nets.xception import Xception
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras with NumPy 2
+
 SIZES = (299, 256, 150, 71)  # odd and even sizes: TensorFlow pads them differently
 
 

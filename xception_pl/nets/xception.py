@@ -223,12 +223,13 @@ class Xception(nn.Module):
 
         self.middle_blocks = middle_blocks
         self.grad_checkpointing = grad_checkpointing
-        last, strides = 6 + middle_blocks, (2, 4, 8, min(16, output_stride), output_stride)
-        self.feature_info = [
-            {"num_chs": channels, "reduction": stride, "module": f"block{number}"}
-            for number, channels, stride in zip(
-                (1, 2, 3, last - 2, last), (c64, c128, c256, c728, c2048), strides, strict=True
-            )
+        # the maps of a feature extractor: the numbers of the blocks that end in them, and what timm tells of them
+        self.feature_ends = (1, 2, 3, 4 + middle_blocks, 6 + middle_blocks)
+        channels = (c64, c128, c256, c728, c2048)
+        strides = (2, 4, 8, min(16, output_stride), output_stride)
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": count, "reduction": stride, "module": f"block{number}"}
+            for count, stride, number in zip(channels, strides, self.feature_ends, strict=True)
         ]
         initialize(self)
 
@@ -285,7 +286,7 @@ class Xception(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r} is not supported: feature maps are NCHW")
         run = self._recomputed if self.grad_checkpointing and torch.is_grad_enabled() else _called
-        taps = self._taps(indices)
+        taps = [self.feature_ends[i] for i in self._map_indices(indices)]
         maps = []
         blocks = self._blocks()[: max(taps) if stop_early or intermediates_only else None]
         for number, block in enumerate(blocks, start=1):
@@ -300,25 +301,24 @@ class Xception(nn.Module):
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the blocks that no map of `indices` needs, and the head, as timm does. Returns the maps' indices."""
-        last = max(self._taps(indices))
-        for number in range(last + 1, len(self._blocks()) + 1):
+        kept = self._map_indices(indices)
+        last, end = self.feature_ends[max(kept)], self.feature_ends[-1]
+        for number in range(last + 1, end + 1):
             setattr(self, f"block{number}", nn.Identity())
-        if prune_head or last < len(self._blocks()):
+        if prune_head or last < end:
+            self.num_features = self.head_hidden_size = self.feature_info[max(kept)]["num_chs"]
             self.fc_layers = nn.ModuleList()
             self.reset_classifier(0, "")
-        return [
-            i
-            for i, info in enumerate(self.feature_info)
-            if info["module"] in {f"block{n}" for n in self._taps(indices)}
-        ]
+        return kept
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new logistic layer, or for 0 classes none; `global_pool` is "avg", or "" for none; None leaves it."""
-        if global_pool not in (None, "avg", ""):
+        global_pool = self.global_pool if global_pool is None else global_pool
+        if global_pool not in ("avg", ""):
             raise ValueError(f"global_pool={global_pool!r} is unknown: use 'avg', or '' for none")
-        self.global_pool = self.global_pool if global_pool is None else global_pool
-        if self.global_pool == "" and (num_classes or self.fc_layers):
+        if global_pool == "" and (num_classes or self.fc_layers):
             raise ValueError("global_pool='' leaves feature maps, which fully-connected layers cannot read: use 'avg'")
+        self.global_pool = global_pool
         weight = next(self.parameters())
         self.num_classes = num_classes
         self.fc = self._logistic_layer(num_classes).to(weight.device, weight.dtype)
@@ -341,14 +341,15 @@ class Xception(nn.Module):
     def _blocks(self) -> list[nn.Module]:
         return [getattr(self, f"block{number}") for number in range(1, 7 + self.middle_blocks)]
 
-    def _taps(self, indices: int | Sequence[int] | None) -> list[int]:
-        """The numbers of the blocks after which the maps of `indices` are read."""
-        maps = (1, 2, 3, 4 + self.middle_blocks, 6 + self.middle_blocks)
+    def _map_indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        """Which of the maps of `feature_info` timm's `indices` mean, counted from 0."""
+        maps = len(self.feature_info)
         if indices is None:
-            return list(maps)
-        if isinstance(indices, int):
-            indices = range(-indices, 0)
-        return [maps[i] for i in indices]
+            return list(range(maps))
+        wanted = range(-indices, 0) if isinstance(indices, int) else indices
+        if not wanted or not all(-maps <= i < maps for i in wanted):
+            raise ValueError(f"indices={indices} are not among the {maps} feature maps: use 0 to {maps - 1}")
+        return [i % maps for i in wanted]
 
     def _recomputed(self, block: nn.Module, x: Tensor) -> Any:
         if torch.compiler.is_compiling():  # a compiled graph updates the running statistics once by itself
