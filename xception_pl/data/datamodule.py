@@ -6,7 +6,8 @@ import lightning.pytorch as pl
 
 from xception_pl.data.augment import DeviceAugment
 from xception_pl.data.batches import Batch, EvalBatches, Format, Position, TrainBatches
-from xception_pl.data.config import DataConfig
+from xception_pl.data.class_weights import label_counts, read_class_weights
+from xception_pl.data.config import FREQUENCY, DataConfig
 from xception_pl.data.errors import DataError
 from xception_pl.data.loader import PlannedLoader
 from xception_pl.data.plan import per_device_batch
@@ -111,6 +112,19 @@ class ImageNetDataModule(pl.LightningDataModule):
         if self.num_classes is None:
             raise DataError(f"Labels of {split.where} have no class names: give the number of classes.")
         return tuple(str(i) for i in range(self.num_classes))
+
+    def class_weights(self) -> list[float] | None:
+        """Weights of the classes in MAP@100, as `data.class_weights` says; `frequency` reads all training labels.
+
+        Raises:
+            DataError: the file does not fit, or a label lies outside the classes.
+        """
+        source, classes = self.config.class_weights, self._format().classes
+        if source is None:
+            return None
+        return (
+            label_counts(self._split("train"), classes) if source == FREQUENCY else read_class_weights(source, classes)
+        )
 
     @property
     def steps_per_epoch(self) -> int:
