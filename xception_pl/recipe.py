@@ -237,9 +237,6 @@ def _typed(leaves: _Leaves) -> tuple[Recipe, dict[str, str]]:
     jsonargparse says whether a value fits its type, and converts it.
     """
     keys = {key.name: key for key in schema()}
-    reader = ArgumentParser(exit_on_error=False)
-    for key in keys.values():
-        reader.add_argument(f"--{key.name}", type=key.type, default=key.default)
     problems: dict[str, str] = {}
     values: dict[str, Any] = {}
     for name, (value, where) in leaves.items():
@@ -250,22 +247,21 @@ def _typed(leaves: _Leaves) -> tuple[Recipe, dict[str, str]]:
                 problems[name] = f"{where}: {name} is a section with keys of its own, not {value!r}."
             continue
         try:
-            values[name] = _convert(reader, keys[name], value)
+            values[name] = _convert(keys[name], value)
         except ValueError:
             problems[name] = f"{where}: {name} must be {describe(keys[name].type)}, not {value!r}."
     return _build(Recipe, "", values), problems
 
 
-def _convert(reader: ArgumentParser, key: Key, value: Any) -> Any:
+def _convert(key: Key, value: Any) -> Any:
     if value is None or value == "null":
         if type(None) not in get_args(key.type):
             raise ValueError("null")
         return None
-    nested: Any = value
-    for part in reversed(key.name.split(".")):
-        nested = {part: nested}
+    reader = ArgumentParser(exit_on_error=False)  # one a key: jsonargparse looks at all its arguments for each value
+    reader.add_argument("--value", type=key.type)
     try:
-        converted = reader.parse_object(nested)[key.name]
+        converted = reader.parse_object({"value": value})["value"]
     except Exception as error:  # jsonargparse raises argparse's errors and its own
         raise ValueError(str(error)) from error
     if isinstance(converted, float) and not math.isfinite(converted):

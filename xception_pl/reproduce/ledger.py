@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from xception_pl.nets.create import create_network
-from xception_pl.recipe import load_recipe
+from xception_pl.recipe import Recipe, flat, to_plain
 from xception_pl.reproduce.claims import COUNTS, FIGURES, RESULTS, SETTINGS, WITHOUT_AUXILIARY_TOWER, Setting
 from xception_pl.reproduce.flags import base_of, read_flags
-from xception_pl.reproduce.runs import shipped_settings, sort_runs, summary
+from xception_pl.reproduce.runs import shipped_recipe, sort_runs, summary
 
 Ledger = dict[str, Any]
 
@@ -21,16 +21,21 @@ def make_ledger(folders: list[str]) -> Ledger:
     Raises:
         ValueError: a folder holds no run.
     """
-    recipes = {path: shipped_settings(path) for path in _recipes()}
+    shipped = {path: shipped_recipe(path) for path in _with_bases(_recipes())}
+    settings = {path: flat(to_plain(recipe)) for path, recipe in shipped.items()}
+    recipes = {path: settings[path] for path in _recipes()}
+    networks = {
+        path: _network(shipped[path]) for path in {claim.recipe for claim in COUNTS} | {*WITHOUT_AUXILIARY_TOWER}
+    }
     counted, refused = sort_runs(folders, recipes)
     return {
         "results": [
             asdict(claim) | {"ours": summary(counted[claim.recipe], claim.metric, claim.scale)} for claim in RESULTS
         ],
         "figures": [asdict(claim) for claim in FIGURES],
-        "counts": [asdict(claim) | {"ours": _parameters(_network(claim.recipe))} for claim in COUNTS],
+        "counts": [asdict(claim) | {"ours": _parameters(networks[claim.recipe])} for claim in COUNTS],
         "auxiliary_towers": [
-            {"recipe": path, "source": "section 4.3", "paper": 0, "ours": _auxiliary_towers(_network(path))}
+            {"recipe": path, "source": "section 4.3", "paper": 0, "ours": _auxiliary_towers(networks[path])}
             for path in WITHOUT_AUXILIARY_TOWER
         ],
         "settings": [
@@ -38,13 +43,7 @@ def make_ledger(folders: list[str]) -> Ledger:
             | {"ours": {path: recipes[path][claim.key] for path in claim.recipes}, "equal": _equal(claim, recipes)}
             for claim in SETTINGS
         ],
-        "deviations": {
-            path: {
-                "base": base_of(path),
-                "flags": [asdict(flag) | {"value": recipes[path][flag.key]} for flag in read_flags(path)],
-            }
-            for path in recipes
-        },
+        "deviations": {path: _deviations(path, values) for path, values in settings.items()},
         "runs": {path: [{"folder": run.folder, "seed": run.seed} for run in runs] for path, runs in counted.items()},
         "refused": [asdict(run) for run in refused],
     }
@@ -56,14 +55,28 @@ def _recipes() -> list[str]:
     return list(dict.fromkeys(named))
 
 
+def _with_bases(paths: list[str]) -> list[str]:
+    """The recipes, each after the one that it builds on."""
+    ordered: dict[str, None] = {}
+    for path in paths:
+        base = base_of(path)
+        ordered |= dict.fromkeys([*(_with_bases([base]) if base else []), path])
+    return list(ordered)
+
+
+def _deviations(path: str, settings: dict[str, Any]) -> dict[str, Any]:
+    flags = [asdict(flag) | {"value": settings[flag.key]} for flag in read_flags(path)]
+    return {"base": base_of(path), "flags": flags}
+
+
 def _equal(claim: Setting, recipes: dict[str, dict[str, Any]]) -> bool:
     values = [recipes[path][claim.key] for path in claim.recipes]
     return all(bool(value) if claim.paper is True else value == claim.paper for value in values)
 
 
-def _network(path: str) -> nn.Module:
+def _network(recipe: Recipe) -> nn.Module:
     with torch.device("meta"):  # shapes alone: counting needs no weights
-        return create_network(load_recipe(path).model)
+        return create_network(recipe.model)
 
 
 def _parameters(network: nn.Module) -> int:

@@ -109,7 +109,7 @@ def _deviations(path: str, entry: dict[str, Any], ledger: dict[str, Any]) -> Ite
     yield f"### {_code(path)}"
     base, flags = entry["base"], entry["flags"]
     own = [flag for flag in flags if flag["file"] == path]
-    if base in ledger["deviations"]:  # its table stands on this page: only what differs from it
+    if base is not None:  # its table stands above: here only what differs from it
         kept = {flag["key"] for flag in flags if flag["file"] != path}
         gone = [flag["key"] for flag in ledger["deviations"][base]["flags"] if flag["key"] not in kept]
         but = f", but for {', '.join(map(_code, gone))}" if gone else ""

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from xception_pl.recipe import RecipeError, flat, load_recipe, recipe_from_plain, to_plain
+from xception_pl.recipe import Recipe, RecipeError, flat, load_recipe, recipe_from_plain, to_plain
 
 _IRRELEVANT = ("seed", "run.", "data.workers")
 """Keys in which a run of a recipe may differ from it."""
@@ -74,10 +74,10 @@ def read_run(folder: Path) -> Run | Refused:
     return Run(folder=str(folder), settings=settings, results=results)
 
 
-def shipped_settings(path: str) -> dict[str, Any]:
-    """Dotted keys of a shipped recipe, resolved."""
+def shipped_recipe(path: str) -> Recipe:
+    """A shipped recipe, resolved."""
     # Reading a recipe checks that runs can be written; a ledger writes none.
-    return flat(to_plain(load_recipe(path, {"run.folder": tempfile.gettempdir()})))
+    return load_recipe(path, {"run.folder": tempfile.gettempdir()})
 
 
 def differing(ours: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
