@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from xception_pl.data.cache import GroupCache
 from xception_pl.data.config import DataConfig
 from xception_pl.data.decode import eval_image, train_image
 from xception_pl.data.errors import DataError
@@ -42,13 +43,13 @@ class Format:
 class _Batches(Dataset[Batch | DataError]):
     """What training and evaluation share: a reader, opened in the process that uses it."""
 
-    def __init__(self, split: Split, config: DataConfig, form: Format) -> None:
-        self.split, self.config, self.form = split, config, form
+    def __init__(self, split: Split, config: DataConfig, form: Format, cache: GroupCache | None) -> None:
+        self.split, self.config, self.form, self.cache = split, config, form, cache
         self._reader: RowReader | None = None
 
     def _rows(self, ids: npt.NDArray[np.int64]) -> list[Row]:
         if self._reader is None:
-            self._reader = open_reader(self.split)
+            self._reader = open_reader(self.split, self.config.retry_seconds, self.cache)
         rows = self._reader.rows(ids.tolist())
         check_labels(rows, ids, self.form.classes, self.split.where)
         return rows
@@ -69,13 +70,14 @@ class TrainBatches(_Batches):
         split: Split,
         config: DataConfig,
         form: Format,
+        cache: GroupCache | None = None,
         *,
         seed: int,
         rank: int,
         world: int,
         accumulate: int,
     ) -> None:
-        super().__init__(split, config, form)
+        super().__init__(split, config, form, cache)
         self.seed, self.rank, self.world, self.accumulate = seed, rank, world, accumulate
         per_device_batch(config.global_batch, world, accumulate)
         self._plan = self._plan_of(0)
@@ -126,8 +128,18 @@ class EvalBatches(_Batches):
     An item is as in training, and "valid": bool (B,): False on rows repeated to fill the batch, not to be counted.
     """
 
-    def __init__(self, split: Split, config: DataConfig, form: Format, *, seed: int, rank: int, world: int) -> None:
-        super().__init__(split, config, form)
+    def __init__(
+        self,
+        split: Split,
+        config: DataConfig,
+        form: Format,
+        cache: GroupCache | None = None,
+        *,
+        seed: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        super().__init__(split, config, form, cache)
         self.seed = seed
         self._plan = EvalPlan(split.images, batch=config.eval_batch, rank=rank, world=world)
 

@@ -38,6 +38,12 @@ class DataConfig:
     """Images a device and step in evaluation."""
     shuffle_window: int = 16384
     """Images among which the order is random; larger is closer to a perfect shuffle and holds more in memory."""
+    cache_dir: str | None = None
+    """Folder for row groups of remote or large Parquet, shared by a node's processes; null is ~/.cache/xception_pl."""
+    cache_gb: float = 32.0
+    """Most gigabytes (10⁹ bytes) in the cache folder; with room for the data, later epochs do not touch the network."""
+    retry_seconds: float = 300.0
+    """Seconds for which a failing read is tried again before the run stops; stay below the process group's timeout."""
     workers: int = 2
     """Loader processes per device; 0 loads in the training process."""
     prefetch: int = 4
@@ -96,6 +102,8 @@ def check(config: DataConfig) -> list[str]:
     ):
         value = getattr(config, key)
         need(value is None or value >= least, f"data.{key} {value} is below {least}.")
+    need(config.cache_gb > 0, f"data.cache_gb {config.cache_gb} is not above 0.")
+    need(config.retry_seconds >= 0, f"data.retry_seconds {config.retry_seconds} is negative.")
     for key in ("mixup", "cutmix"):
         need(getattr(config, key) >= 0, f"data.{key} {getattr(config, key)} is negative: 0 switches it off.")
     for key, low, high in (

@@ -28,6 +28,7 @@ class PlannedLoader:
         prefetch: batches a worker holds ready.
         order: numbers that the order is a function of, by name.
         endless: whether workers go on into the next epoch.
+        on_batch: told the position of each batch taken.
     """
 
     def __init__(
@@ -39,10 +40,12 @@ class PlannedLoader:
         prefetch: int,
         order: Mapping[str, int] | None = None,
         endless: bool = False,
+        on_batch: Callable[[Position], None] | None = None,
     ) -> None:
         self.batches = batches
         self._position = position
         self._order = dict(order or {})
+        self._on_batch = on_batch
         self._sampler = _From(len(batches), endless)
         self._loader: DataLoader[Any] = DataLoader(
             batches,
@@ -68,6 +71,8 @@ class PlannedLoader:
             yield batch
 
     def _take(self, position: Position) -> Batch:
+        if self._on_batch is not None:
+            self._on_batch(position)
         if self._iterator is None or self._next != position:
             self._sampler.start = position
             self._iterator = iter(self._loader)
