@@ -1,7 +1,13 @@
 """What a recipe may say about its data. Imports no torch."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from xception_pl.data.errors import DataError
+
+SAMPLE = "sample"
+SMALLEST_IMAGE = 71  # pixels: below, the network's last feature map is empty
 
 
 @dataclass(kw_only=True)
@@ -21,7 +27,7 @@ class DataConfig:
     label_column: str = "label"
     """Column of the labels (of label lists, with optim.loss sigmoid)."""
     train_images: int | None = None
-    """Expected images of the training split; null counts them. Lets a dry run plan without the source; checked against it."""
+    """Expected images of the training split; null counts them. A dry run plans with it; checked against the source."""
     val_images: int | None = None
     """Expected images of the held-out split; null counts them."""
     image_size: int = 299
@@ -37,7 +43,7 @@ class DataConfig:
     prefetch: int = 4
     """Batches each worker holds ready."""
     train_crop: Literal["inception", "resize", "timm"] = "inception"
-    """Training crop: `inception` TF-Slim's random box, `timm` RandomResizedCrop of 8-100 %, `resize` the whole image."""
+    """Training crop: `inception` TF-Slim's random box, `timm` RandomResizedCrop (8-100 %), `resize` the whole image."""
     crop_area_min: float = 0.05
     """Smallest area of the random box as a share of the image (TF-Slim 0.05, timm 0.08)."""
     eval_crop: Literal["tf-slim", "keras", "timm", "resize"] = "tf-slim"
@@ -45,7 +51,7 @@ class DataConfig:
     flip: bool = True
     """Random horizontal flips in training."""
     color: Literal["none", "fast", "full"] = "none"
-    """TF-Slim's colour distortion: `fast` brightness and saturation, `full` hue and contrast too, in its four orders."""
+    """TF-Slim's colour distortion: `fast` brightness and saturation, `full` hue and contrast too, in four orders."""
     randaugment: int = 0
     """RandAugment operations an image; 0 is off."""
     randaugment_magnitude: float = 9.0
@@ -56,3 +62,76 @@ class DataConfig:
     """Alpha of CutMix's Beta distribution; 0 is off."""
     random_erasing: float = 0.0
     """Probability that a random rectangle of a training image is erased."""
+
+
+def check(config: DataConfig) -> list[str]:
+    """What is impossible about a configuration, a sentence each. Opens no file, asks no network."""
+    wrong = []
+
+    def need(holds: bool, sentence: str) -> None:
+        if not holds:
+            wrong.append(sentence)
+
+    try:
+        if local_path(config.source) is not None and config.revision is not None:
+            wrong.append(
+                f"data.revision {config.revision} is a git revision of a hub dataset, but data.source "
+                f"{config.source} is local: leave it out."
+            )
+    except DataError as error:
+        wrong.append(str(error))
+    need(
+        config.image_size >= SMALLEST_IMAGE,
+        f"data.image_size {config.image_size} is below {SMALLEST_IMAGE} px, the smallest input of the network.",
+    )
+    for key, least in (
+        ("global_batch", 1),
+        ("eval_batch", 1),
+        ("shuffle_window", 1),
+        ("prefetch", 1),
+        ("workers", 0),
+        ("randaugment", 0),
+        ("train_images", 1),
+        ("val_images", 1),
+    ):
+        value = getattr(config, key)
+        need(value is None or value >= least, f"data.{key} {value} is below {least}.")
+    for key in ("mixup", "cutmix"):
+        need(getattr(config, key) >= 0, f"data.{key} {getattr(config, key)} is negative: 0 switches it off.")
+    for key, low, high in (
+        ("crop_area_min", 0.0, 1.0),
+        ("random_erasing", 0.0, 1.0),
+        ("randaugment_magnitude", 0.0, 10.0),
+    ):
+        value = getattr(config, key)
+        need(low <= value <= high, f"data.{key} {value} is not within {low:g} to {high:g}.")
+    if config.train_images is not None and 0 < config.train_images < config.global_batch:
+        wrong.append(
+            f"data.global_batch {config.global_batch} is more than data.train_images {config.train_images}: "
+            "an epoch would have no step."
+        )
+    for key in ("image_column", "label_column", "train_split", "val_split"):
+        need(bool(getattr(config, key)), f"data.{key} is empty.")
+    need(
+        config.image_column != config.label_column,
+        f"data.image_column and data.label_column are both {config.image_column!r}.",
+    )
+    return wrong
+
+
+def local_path(source: str) -> Path | None:
+    """The path that a source names, or None for a hub id.
+
+    Raises:
+        DataError: when it is written as a path and nothing is there.
+    """
+    if source == SAMPLE:
+        return Path(__file__).parent / "sample"
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix == ".parquet":
+        raise DataError(
+            f"data.source {source} does not exist: give a folder, a Parquet file, a hub dataset id or `sample`."
+        )
+    return None

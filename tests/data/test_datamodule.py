@@ -1,0 +1,109 @@
+"""The data module under Lightning: batches, exact epochs, exact evaluation, resuming inside an epoch."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.data.tracing import SaveAt, Tracer, table, trainer
+from xception_pl.data.config import DataConfig
+from xception_pl.data.datamodule import ImageNetDataModule
+
+CONFIG = {"image_size": 8, "train_crop": "resize", "eval_crop": "resize", "flip": False}
+
+
+def module(rows: int = 103, val_rows: int = 21, accumulate: int = 1, **config: Any) -> ImageNetDataModule:
+    return ImageNetDataModule(
+        DataConfig(**{**CONFIG, "global_batch": 10, "eval_batch": 4, "workers": 0, **config}),
+        seed=3,
+        accumulate=accumulate,
+        train=table(rows),
+        val=table(val_rows),
+    )
+
+
+def run(folder: Path, data: ImageNetDataModule, **options: Any) -> Tracer:
+    tracer = Tracer()
+    ckpt = options.pop("ckpt_path", None)
+    trainer(folder, accumulate_grad_batches=data.accumulate, **options).fit(tracer, data, ckpt_path=ckpt)
+    return tracer
+
+
+def test_batches_are_what_the_contract_says() -> None:
+    data = module()
+    batch = next(iter(data.train_dataloader()))
+    assert batch["image"].shape == (10, 3, 8, 8)
+    assert batch["image"].dtype == torch.uint8
+    assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+    assert batch["label"].dtype == batch["id"].dtype == batch["seed"].dtype == torch.int64
+    assert batch["label"].tolist() == [i % 10 for i in batch["id"].tolist()]
+    assert batch["image"][:, 0, 0, 0].tolist() == batch["id"].tolist()
+    valid = next(iter(data.val_dataloader()))
+    assert valid["valid"].all()
+    assert valid["id"].tolist() == [0, 1, 2, 3]
+
+
+def test_numbers_are_known_without_a_trainer() -> None:
+    data = module()
+    assert (data.train_images, data.val_images) == (103, 21)
+    assert (data.steps_per_epoch, data.images_dropped_per_epoch) == (10, 3)
+    assert data.class_names == tuple(f"class {i}" for i in range(10))
+
+
+def test_the_shipped_images_come_through_the_streaming_path() -> None:
+    data = ImageNetDataModule(
+        DataConfig(**CONFIG, source="sample", val_split="test", global_batch=100, workers=0), in_chans=1
+    )
+    data.prepare()
+    assert (data.train_images, data.val_images, data.class_names[9]) == (4000, 1000, "Ankle boot")
+    assert next(iter(data.train_dataloader()))["image"].shape == (100, 1, 8, 8)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_shows_each_image_once_and_evaluation_counts_each_once(tmp_path: Path, workers: int) -> None:
+    tracer = run(tmp_path, module(workers=workers), max_epochs=2)
+    first, second = (list(itertools.chain(*part)) for part in (tracer.seen[:10], tracer.seen[10:]))
+    assert len(first) == len(set(first)) == len(second) == len(set(second)) == 100
+    assert first != second
+    assert tracer.evaluated == list(range(21)) * 2
+
+
+def test_workers_and_accumulation_do_not_change_the_order(tmp_path: Path) -> None:
+    plain = run(tmp_path, module(), max_epochs=2).seen
+    assert run(tmp_path, module(workers=3), max_epochs=2).seen == plain
+    halves = run(tmp_path, module(accumulate=2), max_epochs=2).seen
+    assert [a + b for a, b in zip(halves[::2], halves[1::2], strict=True)] == plain
+
+
+def test_a_limited_epoch_is_followed_by_the_next_epochs_start(tmp_path: Path) -> None:
+    plain = run(tmp_path, module(), max_epochs=2).seen
+    limited = run(tmp_path, module(workers=2), max_epochs=2, limit_train_batches=4).seen
+    assert limited == plain[:4] + plain[10:14]
+
+
+@pytest.mark.parametrize(
+    ("workers", "accumulate", "stops"),
+    [(0, 1, (3, 7)), (0, 2, (4, 14)), (0, 1, (10, 20)), (0, 1, (10, 13)), (0, 1, (1, 29)), (2, 2, (3, 13))],
+)
+def test_resuming_twice_equals_not_stopping(
+    tmp_path: Path, workers: int, accumulate: int, stops: tuple[int, int]
+) -> None:
+    whole = run(tmp_path, module(accumulate=accumulate), max_epochs=3)
+    trace: list[list[int]] = []
+    ckpt = None
+    for stop in (*stops, None):
+        path = tmp_path / f"{stop}.ckpt"
+        callbacks = [SaveAt(stop, path)] if stop else []
+        part = run(
+            tmp_path,
+            module(accumulate=accumulate, workers=workers),
+            max_epochs=3,
+            callbacks=callbacks,
+            ckpt_path=ckpt,
+            val_check_interval=0.5,
+        )
+        trace += part.seen
+        ckpt = path
+    assert trace == whole.seen

@@ -1,0 +1,156 @@
+"""Batches by position: the datasets that loader workers run. One item is one whole batch of one rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from xception_pl.data.config import DataConfig
+from xception_pl.data.decode import eval_image, train_image
+from xception_pl.data.errors import DataError
+from xception_pl.data.plan import EpochPlan, EvalPlan, image_seeds, per_device_batch
+from xception_pl.data.source import Split
+from xception_pl.data.stream import Row, RowReader, check_labels, open_reader
+
+Batch = dict[str, Tensor]
+Position = tuple[int, int]
+"""(epoch, micro-batch within it) of a rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """What a batch looks like."""
+
+    channels: int
+    classes: int
+    multi_label: bool
+
+    def labels(self, rows: Sequence[Row]) -> Tensor:
+        """int64 (B,), or float32 multi-hot (B, classes)."""
+        if not self.multi_label:
+            return torch.tensor([row.labels[0] for row in rows], dtype=torch.int64)
+        hot = torch.zeros(len(rows), self.classes)
+        for i, row in enumerate(rows):
+            hot[i, list(row.labels)] = 1
+        return hot
+
+
+class _Batches(Dataset[Batch | DataError]):
+    """What training and evaluation share: a reader, opened in the process that uses it."""
+
+    def __init__(self, split: Split, config: DataConfig, form: Format) -> None:
+        self.split, self.config, self.form = split, config, form
+        self._reader: RowReader | None = None
+
+    def _rows(self, ids: npt.NDArray[np.int64]) -> list[Row]:
+        if self._reader is None:
+            self._reader = open_reader(self.split)
+        rows = self._reader.rows(ids.tolist())
+        check_labels(rows, ids, self.form.classes, self.split.where)
+        return rows
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_reader": None}
+
+
+class TrainBatches(_Batches):
+    """Training micro-batches of one rank, by (epoch, micro-batch).
+
+    An item is {"image": uint8 (B, C, S, S), "label", "id": int64 (B,) row ids, "seed": int64 (B,)}, or the
+    DataError that kept it from being made: raised in a worker it would reach the user as a traceback.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        config: DataConfig,
+        form: Format,
+        *,
+        seed: int,
+        rank: int,
+        world: int,
+        accumulate: int,
+    ) -> None:
+        super().__init__(split, config, form)
+        self.seed, self.rank, self.world, self.accumulate = seed, rank, world, accumulate
+        per_device_batch(config.global_batch, world, accumulate)
+        self._plan = self._plan_of(0)
+
+    def __len__(self) -> int:
+        """Micro-batches of an epoch."""
+        return self._plan.steps * self.accumulate
+
+    def ids(self, position: Position) -> npt.NDArray[np.int64]:
+        """Row ids of the batch at a position; reads nothing."""
+        epoch, index = position
+        if self._plan.epoch != epoch:
+            self._plan = self._plan_of(epoch)
+        step, part = divmod(index, self.accumulate)
+        return self._plan.micro_batch(step, self.rank, self.world, part, self.accumulate)
+
+    def __getitem__(self, position: Position) -> Batch | DataError:
+        ids = self.ids(position)
+        try:
+            rows = self._rows(ids)
+        except DataError as error:
+            return error
+        seeds = image_seeds(self.seed, position[0], ids)
+        images = [
+            train_image(row.data, self.config, np.random.default_rng(seed), self.form.channels)
+            for row, seed in zip(rows, seeds, strict=True)
+        ]
+        return {
+            "image": _stack(images),
+            "label": self.form.labels(rows),
+            "id": torch.from_numpy(ids),
+            "seed": torch.from_numpy(seeds),
+        }
+
+    def _plan_of(self, epoch: int) -> EpochPlan:
+        return EpochPlan(
+            self.split.rows,
+            seed=self.seed,
+            epoch=epoch,
+            global_batch=self.config.global_batch,
+            window=self.config.shuffle_window,
+        )
+
+
+class EvalBatches(_Batches):
+    """Evaluation batches of one rank, by step; every rank has as many.
+
+    An item is as in training, and "valid": bool (B,): False on rows repeated to fill the batch, not to be counted.
+    """
+
+    def __init__(self, split: Split, config: DataConfig, form: Format, *, seed: int, rank: int, world: int) -> None:
+        super().__init__(split, config, form)
+        self.seed = seed
+        self._plan = EvalPlan(split.images, batch=config.eval_batch, rank=rank, world=world)
+
+    def __len__(self) -> int:
+        return self._plan.steps
+
+    def __getitem__(self, position: Position) -> Batch | DataError:
+        ids, valid = self._plan.batch(position[1])
+        distinct, where = np.unique(ids, return_inverse=True)
+        try:
+            rows = self._rows(distinct)
+        except DataError as error:
+            return error
+        images = [eval_image(row.data, self.config, self.form.channels) for row in rows]
+        return {
+            "image": _stack([images[i] for i in where]),
+            "label": self.form.labels([rows[i] for i in where]),
+            "id": torch.from_numpy(ids),
+            "seed": torch.from_numpy(image_seeds(self.seed, 0, ids)),
+            "valid": torch.from_numpy(valid),
+        }
+
+
+def _stack(images: list[npt.NDArray[np.uint8]]) -> Tensor:
+    """(B, C, S, S) from (S, S, C) images, channels_last in memory: no copy beyond the stacking."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

@@ -1,0 +1,256 @@
+"""`ImageNetDataModule`: any image classification source of `datasets`, planned exactly, streamed, cropped, batched."""
+
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+
+from xception_pl.data.augment import DeviceAugment
+from xception_pl.data.batches import Batch, EvalBatches, Format, Position, TrainBatches
+from xception_pl.data.config import DataConfig
+from xception_pl.data.errors import DataError
+from xception_pl.data.loader import PlannedLoader
+from xception_pl.data.plan import per_device_batch
+from xception_pl.data.source import Split, open_split, table_split
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class ImageNetDataModule(pl.LightningDataModule):
+    """Batches of ImageNet, or of any image classification set that `datasets` reads.
+
+    Training: each image once an epoch in an order that is a function of the data, the seed, the epoch and the global
+    batch alone, whatever the number of devices, accumulated batches and workers. Evaluation: each image counted once on
+    any number of devices. Resuming takes the position from the trainer and goes on with the next batch, without replay.
+
+    Batches are dicts. Training: "image" uint8 (B, C, S, S), float32 in [-1, 1] once on the device; "label" int64 (B,),
+    or float32 multi-hot (B, num_classes); "id" int64 (B,) row ids; "seed" int64 (B,), a random seed an image and epoch.
+    Evaluation adds "valid" bool (B,): False on repeated rows that fill a rank's last batches and must not be counted.
+
+    Args:
+        config: source, crops, batch sizes.
+        seed: of the order and of random crops.
+        in_chans: 1 for grey, 3 for colour images; others are converted.
+        num_classes: of the network; None takes the source's class names.
+        multi_label: labels are lists.
+        accumulate: micro-batches an optimiser step, the trainer's `accumulate_grad_batches`.
+        train: a dataset in memory that replaces the source's training split.
+        val: the same for the held-out split.
+
+    Raises:
+        DataError: (in `prepare`, `setup` or a loader) the source cannot be used; one sentence.
+        ValueError: global batch, devices and accumulation do not divide.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig | None = None,
+        *,
+        seed: int = 0,
+        in_chans: int = 3,
+        num_classes: int | None = None,
+        multi_label: bool = False,
+        accumulate: int = 1,
+        train: "datasets.Dataset | None" = None,
+        val: "datasets.Dataset | None" = None,
+    ) -> None:
+        super().__init__()
+        self.config = config or DataConfig()
+        self.seed, self.in_chans, self.num_classes = seed, in_chans, num_classes
+        self.multi_label, self.accumulate = multi_label, accumulate
+        self._given = {"train": train, "val": val}
+        self._splits: dict[str, Split] = {}
+        self._augment: DeviceAugment | None = None
+
+    # What the source holds
+
+    def prepare(self, *, train: bool = True, val: bool = True) -> None:
+        """Resolve the source: files, rows and classes. Needs no trainer; doing it again costs nothing.
+
+        Raises:
+            DataError: one sentence on what is wrong with the source.
+        """
+        for name, wanted in (("train", train), ("val", val)):
+            if wanted and name not in self._splits:
+                self._splits[name] = self._open(name)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Rank 0 resolves the source and hands it to the others: all go on, or all stop with the same sentence."""
+        wanted = {"train": stage in (None, "fit"), "val": True}
+        error: DataError | None = None
+        if self._rank == 0:
+            try:
+                self.prepare(**wanted)
+            except DataError as caught:
+                error = caught
+        if self._world > 1 and self.trainer is not None:
+            self._splits, error = self.trainer.strategy.broadcast((self._splits, error))
+        if error is not None:
+            raise error
+
+    @property
+    def train_images(self) -> int:
+        """Images of the training split."""
+        if "train" not in self._splits and self.config.train_images is not None:
+            return self.config.train_images
+        return self._split("train").images
+
+    @property
+    def val_images(self) -> int:
+        """Images of the held-out split."""
+        if "val" not in self._splits and self.config.val_images is not None:
+            return self.config.val_images
+        return self._split("val").images
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes; their numbers where the source has no names."""
+        split = self._splits.get("train") or self._split("val")
+        if split.labels.names is not None:
+            return split.labels.names
+        if self.num_classes is None:
+            raise DataError(f"Labels of {split.where} have no class names: give the number of classes.")
+        return tuple(str(i) for i in range(self.num_classes))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps an epoch."""
+        return self.train_images // self.config.global_batch
+
+    @property
+    def images_dropped_per_epoch(self) -> int:
+        """Images that the last, incomplete global batch would hold; other ones in every epoch."""
+        return self.train_images % self.config.global_batch
+
+    @property
+    def per_device_batch(self) -> int:
+        """Images a device and micro-batch."""
+        return per_device_batch(self.config.global_batch, self._world, self.accumulate)
+
+    # What Lightning asks for
+
+    def train_dataloader(self) -> PlannedLoader:
+        trainer = self.trainer
+        if trainer is not None and trainer.accumulate_grad_batches != self.accumulate:
+            raise ValueError(
+                f"The data module accumulates {self.accumulate} batches a step and the trainer "
+                f"{trainer.accumulate_grad_batches}: give both the same number."
+            )
+        split, config = self._split("train"), self.config
+        batches = TrainBatches(
+            split,
+            config,
+            self._format(),
+            seed=self.seed,
+            rank=self._rank,
+            world=self._world,
+            accumulate=self.accumulate,
+        )
+        order = {
+            "seed": self.seed,
+            "images": split.images,
+            "global_batch": config.global_batch,
+            "shuffle_window": config.shuffle_window,
+            "accumulate": self.accumulate,
+        }
+        return PlannedLoader(
+            batches,
+            position=self._train_position,
+            workers=config.workers,
+            prefetch=config.prefetch,
+            order=order,
+            endless=True,
+        )
+
+    def val_dataloader(self) -> PlannedLoader:
+        batches = EvalBatches(
+            self._split("val"), self.config, self._format(), seed=self.seed, rank=self._rank, world=self._world
+        )
+        return PlannedLoader(
+            batches, position=lambda: (0, 0), workers=self.config.workers, prefetch=self.config.prefetch
+        )
+
+    def test_dataloader(self) -> PlannedLoader:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> PlannedLoader:
+        return self.val_dataloader()
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """The part of the work that is done on the device: colour, mixing, scaling to [-1, 1]."""
+        if self._augment is None:
+            self._augment = DeviceAugment(self.config, self._format().classes)
+        training = self.trainer is not None and bool(self.trainer.training)
+        changed: Batch = self._augment(batch, training)
+        return changed
+
+    # Inside
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer is not None else 0
+
+    @property
+    def _world(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    def _train_position(self) -> Position:
+        """The batch that the trainer is at; the start of epoch 0 without a trainer."""
+        if self.trainer is None:
+            return 0, 0
+        fit = self.trainer.fit_loop
+        progress: Any  # of a class whose type Lightning does not tell
+        for progress in (fit.epoch_progress.total, fit.epoch_progress.current):
+            # Lightning 2.6.6 does not count an epoch as begun when it follows a checkpoint of the last batch of the one
+            # before; a checkpoint saved inside it would then be taken for a finished epoch's, and start it again
+            progress.ready = progress.started = progress.processed + 1
+        return progress.processed, fit.batch_idx + 1
+
+    def _split(self, name: str) -> Split:
+        self.prepare(train=name == "train", val=name == "val")
+        return self._splits[name]
+
+    def _open(self, name: str) -> Split:
+        config = self.config
+        title = config.train_split if name == "train" else config.val_split
+        given = self._given[name]
+        if given is not None:
+            split: Split = table_split(given, f"the {title} dataset given", config.image_column, config.label_column)
+        else:
+            split = open_split(
+                config.source,
+                title,
+                revision=config.revision,
+                image_column=config.image_column,
+                label_column=config.label_column,
+            )
+        self._check(split, f"data.{name}_images", config.train_images if name == "train" else config.val_images)
+        return split
+
+    def _check(self, split: Split, key: str, expected: int | None) -> None:
+        if expected is not None and expected != split.images:
+            raise DataError(
+                f"{key} is {expected}, but {split.where} has {split.images} images: correct the key or the source."
+            )
+        if not split.images:
+            raise DataError(f"There are no images in {split.where}.")
+        if split.labels.multi and not self.multi_label:
+            raise DataError(
+                f"Column {split.label_column!r} of {split.where} holds label lists, but the loss takes one label "
+                "an image: use a multi-label loss (optim.loss: sigmoid), or another column."
+            )
+        if self.multi_label and not split.labels.multi:
+            raise DataError(
+                f"Column {split.label_column!r} of {split.where} holds one label an image, but the loss takes "
+                "label lists: use a single-label loss, or another column."
+            )
+        names = split.labels.names
+        if names is not None and self.num_classes is not None and len(names) > self.num_classes:
+            raise DataError(
+                f"There are {len(names)} classes in {split.where}, but the network has {self.num_classes}: "
+                "set the number of classes to the source's."
+            )
+
+    def _format(self) -> Format:
+        classes = self.num_classes if self.num_classes is not None else len(self.class_names)
+        return Format(channels=self.in_chans, classes=classes, multi_label=self.multi_label)

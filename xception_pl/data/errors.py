@@ -1,0 +1,5 @@
+"""What goes wrong with data and is not the program's fault."""
+
+
+class DataError(ValueError):
+    """One sentence for the user: what is wrong with the data, where, and what to do."""

@@ -1,0 +1,115 @@
+"""The loader that Lightning iterates: finite, without state of its own, always where the trainer is."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from xception_pl.data.batches import Batch, EvalBatches, Position, TrainBatches
+from xception_pl.data.errors import DataError
+
+
+class PlannedLoader:
+    """Iterates a rank's batches from the position that `position()` gives when the first batch is asked for.
+
+    Not a `DataLoader`, so that Lightning adds no sampler of its own; inside it is one, whose workers run through the
+    epochs without a pause: they load the next epoch's first batches while the last ones are trained on. When the
+    position is not the one they are at (a resume, an epoch cut short), they are sent there.
+
+    Its `state_dict` holds no position (the trainer's own progress is that, the same on every rank) but what the order
+    depends on, to refuse a resume that would continue another order.
+
+    Args:
+        batches: items by (epoch, index).
+        position: (epoch, index) of the next batch.
+        workers: processes; 0 loads in this one.
+        prefetch: batches a worker holds ready.
+        order: numbers that the order is a function of, by name.
+        endless: whether workers go on into the next epoch.
+    """
+
+    def __init__(
+        self,
+        batches: TrainBatches | EvalBatches,
+        *,
+        position: Callable[[], Position],
+        workers: int,
+        prefetch: int,
+        order: Mapping[str, int] | None = None,
+        endless: bool = False,
+    ) -> None:
+        self.batches = batches
+        self._position = position
+        self._order = dict(order or {})
+        self._sampler = _From(len(batches), endless)
+        self._loader: DataLoader[Any] = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=self._sampler,
+            collate_fn=_as_is,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self._iterator: Iterator[Any] | None = None  # under this name Lightning finds and stops the workers
+        self._next: Position | None = None
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, index = self._position()  # a generator: not before the first batch is asked for
+        while index < len(self):
+            batch = self._take((epoch, index))
+            index += 1
+            yield batch
+
+    def _take(self, position: Position) -> Batch:
+        if self._iterator is None or self._next != position:
+            self._sampler.start = position
+            self._iterator = iter(self._loader)
+        epoch, index = position
+        self._next = (epoch, index + 1) if index + 1 < len(self) else (epoch + 1, 0)
+        batch = next(self._iterator)
+        if isinstance(batch, DataError):
+            raise batch
+        return batch  # type: ignore[no-any-return]
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(self._order)
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Check that an epoch begun elsewhere can go on here.
+
+        Raises:
+            DataError: when its order was another; names what differs.
+        """
+        differ = [f"{key} {state[key]}, now {now}" for key, now in self._order.items() if state.get(key, now) != now]
+        if differ:
+            raise DataError(
+                f"The checkpoint is inside an epoch whose order was made with {'; '.join(differ)}: "
+                "resume with the same values, or from the end of an epoch."
+            )
+
+
+class _From(Sampler[Position]):
+    """Positions from `start` on."""
+
+    def __init__(self, length: int, endless: bool) -> None:
+        self.start: Position = (0, 0)
+        self._length, self._endless = length, endless
+
+    def __iter__(self) -> Iterator[Position]:
+        first, index = self.start
+        for epoch in itertools.count(first) if self._endless else (first,):
+            for i in range(index, self._length):
+                yield epoch, i
+            index = 0
+
+
+def _as_is(batch: Any) -> Any:
+    """A batch is made whole in the worker: nothing to collate."""
+    return batch

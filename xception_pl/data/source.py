@@ -1,0 +1,225 @@
+"""Where images come from: `datasets` resolves a source to files, revision and features; here that becomes a `Split`.
+
+A split is small, picklable and the same on every rank: one process resolves it and hands it to the others. There are
+two kinds: `ParquetSplit`, whose unit of reading is the row group, and `TableSplit`, a `datasets.Dataset` in memory or
+mapped from Arrow files (an image folder is one too: its rows hold paths), where any row is cheap.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from xception_pl.data.config import local_path
+from xception_pl.data.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+_FOOTER_THREADS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """What the label column holds."""
+
+    names: tuple[str, ...] | None
+    """Class names; None when the source has only numbers."""
+    multi: bool
+    """Whether each image has a list of labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One split of a source: which rows exist and how they are labelled."""
+
+    where: str
+    """For messages: "split 'train' of ILSVRC/imagenet-1k"."""
+    image_column: str
+    label_column: str
+    labels: Labels
+    rows: npt.NDArray[np.int64] = field(repr=False)
+    """Images of each unit of reading, in the order of the source."""
+
+    @cached_property
+    def images(self) -> int:
+        return int(self.rows.sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetSplit(Split):
+    """Row groups of Parquet files, local or remote."""
+
+    files: tuple[str, ...] = field(repr=False)
+    """Paths or URLs as fsspec reads them; a hub file's URL names its commit."""
+    footers: tuple[pq.FileMetaData, ...] = field(repr=False)
+
+    @cached_property
+    def groups(self) -> tuple[tuple[int, int], ...]:
+        """(file, row group within it) of each unit."""
+        return tuple((f, g) for f, footer in enumerate(self.footers) for g in range(footer.num_row_groups))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSplit(Split):
+    """Rows of a `datasets.Dataset`, images undecoded."""
+
+    table: "datasets.Dataset" = field(repr=False)
+
+
+def open_split(
+    source: str, split: str, *, revision: str | None = None, image_column: str = "image", label_column: str = "label"
+) -> Split:
+    """Resolve one split of a source; reads metadata only (for Parquet: the footers, in parallel).
+
+    Args:
+        source: `sample`, a hub dataset id, or a local path: a Parquet file, a folder of Parquet or of images, or a
+            folder written by `Dataset.save_to_disk`.
+        split: its name in the source.
+        revision: git revision, for hub datasets.
+        image_column: column of encoded images.
+        label_column: column of labels or label lists.
+
+    Raises:
+        DataError: source, revision, split or column do not exist or cannot be read; says which and what to do.
+    """
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    path = local_path(source)
+    if path is not None and any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+        return _saved_split(path, split, image_column, label_column)
+    builder = _builder(source, path, revision)
+    data_files: Mapping[str, list[str]] = builder.config.data_files or {}
+    if split not in {str(name) for name in data_files}:
+        raise _no_split(split, source, [str(name) for name in data_files])
+    where = f"split {split!r} of {source}"
+    files = next([str(file) for file in listed] for name, listed in data_files.items() if str(name) == split)
+    if isinstance(builder, Parquet):
+        return _parquet_split(where, files, image_column, label_column)
+    if isinstance(builder, ImageFolder):
+        rows = builder.as_streaming_dataset(split=split)
+        return table_split(_listed(rows, where, image_column), where, image_column, label_column)
+    raise DataError(
+        f"{source} holds {builder.dataset_name or 'unknown'} files, which cannot be read row by row: "
+        "convert it to Parquet (Dataset.to_parquet) and give that folder as data.source."
+    )
+
+
+def table_split(
+    table: "datasets.Dataset", where: str, image_column: str = "image", label_column: str = "label"
+) -> Split:
+    """A split of a `datasets.Dataset`; raises DataError as `open_split` does."""
+    import datasets
+
+    labels = _labels(table.features, where, image_column, label_column)
+    if isinstance(table.features[image_column], datasets.Image):
+        table = table.cast_column(image_column, datasets.Image(decode=False))
+    table = table.select_columns([image_column, label_column])
+    return TableSplit(
+        where=where,
+        image_column=image_column,
+        label_column=label_column,
+        labels=labels,
+        rows=np.ones(len(table), np.int64),
+        table=table,
+    )
+
+
+def _builder(source: str, path: Path | None, revision: str | None) -> "datasets.DatasetBuilder":
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
+
+    try:
+        if path is None:
+            return load_dataset_builder(source, revision=revision)
+        if path.is_file():
+            return load_dataset_builder("parquet", data_files=str(path))
+        return load_dataset_builder(str(path))
+    except (DatasetsError, FileNotFoundError, ConnectionError) as error:
+        raise DataError(f"Cannot open data.source {source}: {error}") from error
+
+
+def _saved_split(path: Path, split: str, image_column: str, label_column: str) -> Split:
+    from datasets import DatasetDict, load_from_disk
+
+    saved = load_from_disk(str(path))
+    where = f"split {split!r} of {path}"
+    if not isinstance(saved, DatasetDict):
+        saved = DatasetDict({str(saved.split or "train"): saved})
+    if split not in saved:
+        raise _no_split(split, str(path), [str(name) for name in saved])
+    return table_split(saved[split], where, image_column, label_column)
+
+
+def _listed(rows: "datasets.IterableDataset", where: str, image_column: str) -> "datasets.Dataset":
+    """The rows of an image folder: paths and labels, no image is opened."""
+    import datasets
+
+    if image_column not in rows.features:
+        raise _no_column(image_column, where, rows.features, "data.image_column")
+    features = datasets.Features({**rows.features, image_column: datasets.Image(decode=False)})
+    rows = rows.cast_column(image_column, features[image_column])
+    return datasets.Dataset.from_list(list(rows), features=features)
+
+
+def _parquet_split(where: str, files: list[str], image_column: str, label_column: str) -> ParquetSplit:
+    from datasets import Features
+
+    from xception_pl.data.stream import read_footer
+
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        footers = tuple(pool.map(read_footer, files))
+    features = Features.from_arrow_schema(footers[0].schema.to_arrow_schema())
+    groups = [footer.row_group(g).num_rows for footer in footers for g in range(footer.num_row_groups)]
+    return ParquetSplit(
+        where=where,
+        image_column=image_column,
+        label_column=label_column,
+        labels=_labels(features, where, image_column, label_column),
+        rows=np.asarray(groups, np.int64),
+        files=tuple(files),
+        footers=footers,
+    )
+
+
+def _labels(features: Mapping[str, Any], where: str, image_column: str, label_column: str) -> Labels:
+    from datasets import ClassLabel, Value
+
+    if image_column not in features:
+        raise _no_column(image_column, where, features, "data.image_column")
+    if label_column not in features:
+        raise _no_column(label_column, where, features, "data.label_column")
+    feature = features[label_column]
+    multi = hasattr(feature, "feature") or isinstance(feature, list)
+    if multi:
+        feature = feature[0] if isinstance(feature, list) else feature.feature
+    if isinstance(feature, ClassLabel):
+        return Labels(names=tuple(feature.names), multi=multi)
+    if isinstance(feature, Value) and "int" in feature.dtype:
+        return Labels(names=None, multi=multi)
+    raise DataError(
+        f"Column {label_column!r} of {where} holds {feature}, not class numbers: "
+        "name another column in data.label_column."
+    )
+
+
+def _no_column(name: str, where: str, columns: Iterable[str], key: str) -> DataError:
+    return DataError(f"There is no column {name!r} in {where}{_nearest(name, columns)}: set {key}.")
+
+
+def _no_split(name: str, source: str, splits: Iterable[str]) -> DataError:
+    return DataError(f"There is no split {name!r} in {source}{_nearest(name, splits)}.")
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    names = list(names)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" (nearest: {near[0]!r}; all: {', '.join(names)})" if near else f" (it has {', '.join(names) or 'none'})"
