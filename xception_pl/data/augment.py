@@ -16,9 +16,9 @@ from xception_pl.data.randaugment import randaugment
 class DeviceAugment:
     """A batch of uint8 images in, the network's float32 input in [-1, 1] out.
 
-    A batch is a dictionary of tensors on one device: `image` (B, C, S, S) uint8, `label` (B,) int64 or (B, K) multi-hot,
-    `seed` (B,) int64, needed where anything is drawn. The result has the same entries, `image` as float32 in the memory
-    format it came in, and with mixup or CutMix in training also `target`, soft labels (B, K) float32.
+    A batch is a dictionary of tensors on one device: `image` (B, C, S, S) uint8, `label` (B,) int64 or (B, K)
+    multi-hot, `seed` (B,) int64, needed where anything is drawn. The result has the same entries, `image` as float32
+    in the memory format it came in, and with mixup or CutMix in training also `target`, soft labels (B, K) float32.
 
     Args:
         config: what to do; all of it happens in training only, but for the scaling.
@@ -33,7 +33,7 @@ class DeviceAugment:
         """The batch for the network.
 
         Raises:
-            ValueError: colour or RandAugment on images that do not have three channels, or mixing without `num_classes`.
+            ValueError: colour or RandAugment without three channels, or mixing class indices without `num_classes`.
         """
         config = self.config
         stored = batch["image"]
@@ -41,7 +41,7 @@ class DeviceAugment:
             return {**batch, "image": to_unit_range(stored)}
         if (config.color != "none" or config.randaugment) and stored.shape[1] != 3:
             raise ValueError(
-                f"data.color and data.randaugment need images of 3 channels, these have {stored.shape[1]}: turn both off"
+                f"data.color and data.randaugment need images of 3 channels, not {stored.shape[1]}: turn both off"
             )
         image = stored
         if config.randaugment:

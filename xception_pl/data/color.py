@@ -1,7 +1,7 @@
 """TF-Slim's colour distortion (its Inception preprocessing) for a batch, every image with its own draws and order.
 
-The operations are TensorFlow's `tf.image.adjust_*` on floats: values may leave [0, 1] between them and are clipped once,
-at the end.
+The operations are TensorFlow's `tf.image.adjust_*` on floats: values may leave [0, 1] between them and are clipped
+once, at the end.
 """
 
 from typing import Literal
@@ -19,7 +19,7 @@ FACTOR_MIN, FACTOR_MAX = 0.5, 1.5
 ORDERS = ("BSHC", "SBCH", "CHBS", "HSCB")
 """TF-Slim's four orders of brightness, saturation, hue, contrast. Fast mode has one order: `BS`."""
 _WALK = "BSBHSCHBS"
-"""The shortest sequence that contains each of the four orders: a batch of mixed orders takes nine steps, not sixteen."""
+"""The shortest sequence that contains each of the four orders: a batch of mixed orders takes nine steps."""
 
 
 def distort_color(image: Tensor, seed: Tensor, mode: Literal["fast", "full"]) -> Tensor:

@@ -4,6 +4,7 @@ A generator would tie an image's draws to its place in a batch. Here each image 
 so the result is the same whatever the batch, the rank or the device.
 """
 
+import math
 import zlib
 
 import torch
@@ -23,12 +24,12 @@ def uniform(seed: Tensor, name: str, count: int) -> Tensor:
 
 
 def beta(seed: Tensor, name: str, alpha: float) -> Tensor:
-    """One draw of the symmetric Beta(alpha, alpha) for each seed: float32 (B,) in [0, 1].
+    """One draw of the symmetric Beta(alpha, alpha) for each seed: float64 (B,) in [0, 1].
 
     The ratio of two Gamma draws, in logarithms so that a small alpha does not underflow to 0/0.
     """
     first, second = _log_gamma_draw(seed, f"{name}/1", alpha), _log_gamma_draw(seed, f"{name}/2", alpha)
-    return torch.sigmoid(first - second).to(torch.float32)
+    return torch.sigmoid(first - second)
 
 
 def _log_gamma_draw(seed: Tensor, name: str, alpha: float) -> Tensor:
@@ -44,9 +45,9 @@ def _log_gamma_draw(seed: Tensor, name: str, alpha: float) -> Tensor:
     log_v = v.clamp_min(1e-300).log()
     accepted = (v > 0) & (u[:, 2 * attempts : 3 * attempts].log() < 0.5 * normal.square() + d * (1 - v + log_v))
     first = accepted.to(torch.uint8).argmax(1, keepdim=True)
-    return (torch.log(torch.tensor(d, dtype=torch.float64, device=seed.device)) + log_v.gather(1, first)).squeeze(1) + (
-        u[:, -1].log() / alpha
-    )
+    log_v = log_v.gather(1, first).squeeze(1)
+    log_draw: Tensor = log_v + math.log(d) + u[:, -1].log() / alpha
+    return log_draw
 
 
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number

@@ -28,11 +28,11 @@ def mix(image: Tensor, target: Tensor, seed: Tensor, mixup: float, cutmix: float
     share = torch.ones(len(image), device=image.device)
     mixed = image
     if mixup > 0:
-        share = beta(pair, "mixup", mixup)
+        share = beta(pair, "mixup", mixup).float()
         mixed = torch.lerp(partner, image, share.view(-1, 1, 1, 1))
     if cutmix > 0:
         u = uniform(pair, "cutmix", 3)
-        side = (1 - beta(pair, "cutmix", cutmix)).sqrt()
+        side = (1 - beta(pair, "cutmix", cutmix)).sqrt().float()
         top, bottom = _cut(u[:, 0], side, height)
         left, right = _cut(u[:, 1], side, width)
         pasted = torch.where(_inside(top, left, bottom, right, height, width), partner, image)

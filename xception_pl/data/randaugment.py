@@ -22,7 +22,7 @@ OPERATIONS = (
     "Identity", "AutoContrast", "Equalize", "Rotate", "Solarize", "Color", "Posterize", "Contrast", "Brightness",
     "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY",
 )  # fmt: skip
-"""The paper's list, each drawn with equal chance and always applied (timm adds Invert and SolarizeAdd and skips half)."""
+"""The paper's list, each drawn with equal chance and always applied (timm adds two and skips half)."""
 
 # Strengths at magnitude 10; all grow with the magnitude. The sign of the last two rows is drawn.
 POSTERIZE_BITS = 4  # bits taken away
@@ -122,7 +122,7 @@ def smooth(image: Tensor) -> Tensor:
 def _affine_step(image: Tensor, is_op: dict[str, Tensor], strength: Tensor) -> Tensor:
     """Bilinear resampling; `strength` (B,) is the signed magnitude / 10. Angles and shears turn about the centre."""
     height, width = image.shape[2:]
-    angle = torch.where(is_op["Rotate"], strength * math.radians(ROTATE_DEGREES), 0)
+    angle = torch.where(is_op["Rotate"], -strength * math.radians(ROTATE_DEGREES), 0)
     shear_x = torch.where(is_op["ShearX"], strength * SHEAR, 0)
     shear_y = torch.where(is_op["ShearY"], strength * SHEAR, 0)
     # From output to input, in pixels about the centre; grid_sample wants halves of the side.
