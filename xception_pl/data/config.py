@@ -143,3 +143,18 @@ def local_path(source: str) -> Path | None:
             f"data.source {source} does not exist: give a folder, a Parquet file, a hub dataset id or `sample`."
         )
     return None
+
+
+def idle_augment(config: DataConfig) -> list[str]:
+    """Options of `config` that were changed but have no effect, a sentence each: to be shown as warnings."""
+    default = DataConfig()
+    idle = []
+    if config.train_crop == "resize" and config.crop_area_min != default.crop_area_min:
+        idle.append(
+            f"data.crop_area_min {config.crop_area_min} has no effect: data.train_crop resize takes the whole image"
+        )
+    if config.randaugment == 0 and config.randaugment_magnitude != default.randaugment_magnitude:
+        idle.append(
+            f"data.randaugment_magnitude {config.randaugment_magnitude} has no effect while data.randaugment is 0"
+        )
+    return idle
