@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -96,9 +97,11 @@ class GroupCache:
         for freed in (False, True):
             aside = path.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}.tmp")
             try:
-                self._make_room(table.nbytes)
-                with pa.OSFile(str(aside), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-                    writer.write_table(table)
+                size = pa.MockOutputStream()
+                _write_arrow(table, size)
+                self._make_room(size.size())
+                with pa.OSFile(str(aside), "wb") as file:
+                    _write_arrow(table, file)
                 aside.rename(path)
                 return True
             except OSError as error:
@@ -149,6 +152,11 @@ class GroupCache:
                     path.unlink()
                 elif path.suffix in (".tmp", ".arrow"):
                     yield (stat.st_mtime if path.suffix == ".arrow" else time.time()), stat.st_size, path
+
+
+def _write_arrow(table: pa.Table, file: Any) -> None:
+    with pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
 
 
 def default_folder() -> Path:

@@ -44,6 +44,10 @@ class DataConfig:
     """Most gigabytes (10⁹ bytes) in the cache folder; with room for the data, later epochs do not touch the network."""
     retry_seconds: float = 300.0
     """Seconds for which a failing read is tried again before the run stops; stay below the process group's timeout."""
+    max_corrupt: float = 0.001
+    """Largest share of training images that may be undecodable: each is replaced and listed; more end the run."""
+    val_corrupt: Literal["fail", "skip"] = "fail"
+    """An undecodable held-out image ends the run (`fail`) or is left out of the metrics (`skip`)."""
     workers: int = 2
     """Loader processes per device; 0 loads in the training process."""
     prefetch: int = 4
@@ -109,6 +113,7 @@ def check(config: DataConfig) -> list[str]:
     for key, low, high in (
         ("crop_area_min", 0.0, 1.0),
         ("random_erasing", 0.0, 1.0),
+        ("max_corrupt", 0.0, 1.0),
         ("randaugment_magnitude", 0.0, 10.0),
     ):
         value = getattr(config, key)

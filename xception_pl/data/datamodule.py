@@ -1,6 +1,7 @@
 """`ImageNetDataModule`: any image classification source of `datasets`, planned exactly, streamed, cropped, batched."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -10,6 +11,7 @@ from xception_pl.data.augment import DeviceAugment
 from xception_pl.data.batches import Batch, EvalBatches, Format, Position, TrainBatches
 from xception_pl.data.cache import GroupCache
 from xception_pl.data.config import DataConfig
+from xception_pl.data.corrupt import CorruptImages
 from xception_pl.data.errors import DataError
 from xception_pl.data.loader import PlannedLoader
 from xception_pl.data.plan import per_device_batch
@@ -158,7 +160,6 @@ class ImageNetDataModule(pl.LightningDataModule):
             "images": split.images,
             "global_batch": config.global_batch,
             "shuffle_window": config.shuffle_window,
-            "accumulate": self.accumulate,
         }
         return PlannedLoader(
             batches,
@@ -166,13 +167,19 @@ class ImageNetDataModule(pl.LightningDataModule):
             workers=config.workers,
             prefetch=config.prefetch,
             order=order,
+            accumulate=self.accumulate,
+            on_resume=self._count_in_own_batches,
             endless=True,
             on_batch=self._fill_ahead(split, cache) if cache is not None and self._local_rank == 0 else None,
+            on_corrupt=CorruptImages(
+                split, self._corrupt_file, config.max_corrupt * split.images / self._world, "data.max_corrupt"
+            ),
         )
 
     def val_dataloader(self) -> PlannedLoader:
+        split = self._split("val")
         batches = EvalBatches(
-            self._split("val"),
+            split,
             self.config,
             self._format(),
             self._cache("val"),
@@ -181,7 +188,11 @@ class ImageNetDataModule(pl.LightningDataModule):
             world=self._world,
         )
         return PlannedLoader(
-            batches, position=lambda: (0, 0), workers=self.config.workers, prefetch=self.config.prefetch
+            batches,
+            position=lambda: (0, 0),
+            workers=self.config.workers,
+            prefetch=self.config.prefetch,
+            on_corrupt=CorruptImages(split, self._corrupt_file, split.images, "data.val_corrupt"),
         )
 
     def test_dataloader(self) -> PlannedLoader:
@@ -207,6 +218,29 @@ class ImageNetDataModule(pl.LightningDataModule):
     @property
     def _world(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
+
+    def _count_in_own_batches(self, accumulate: int) -> None:
+        """Translate the trainer's progress, counted in micro-batches, from `accumulate` a step to this run's number.
+
+        Lets a run that moves to fewer devices and accumulates more go on inside the epoch.
+        """
+        if accumulate == self.accumulate or self.trainer is None:
+            return
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress
+        progress: Any  # as in `_train_position`
+        for progress in (batches.total, batches.current):
+            behind = progress.ready - progress.completed  # 1 in a checkpoint saved at a batch's end
+            if progress is batches.current and progress.ready % accumulate:
+                raise DataError(
+                    f"The checkpoint lies between two of {accumulate} accumulated batches: resume with the same "
+                    "accumulation, or from a checkpoint saved at the end of a step."
+                )
+            progress.ready = progress.started = progress.processed = progress.ready // accumulate * self.accumulate
+            progress.completed = progress.ready - behind
+
+    @property
+    def _corrupt_file(self) -> Path | None:
+        return Path(self.trainer.default_root_dir) / "corrupt.csv" if self.trainer is not None else None
 
     @property
     def _local_rank(self) -> int:

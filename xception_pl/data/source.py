@@ -166,9 +166,7 @@ def _hub_builder(source: str, revision: str | None) -> "datasets.DatasetBuilder"
         return load_dataset_builder(source, revision=revision)
     except DatasetNotFoundError as error:
         if "gated" in str(error):
-            raise DataError(
-                refusal(source, 403 if "ask for access" in str(error) else 401)
-            ) from error
+            raise DataError(refusal(source, 403 if "ask for access" in str(error) else 401)) from error
         if "evision" in str(error):
             raise DataError(
                 f"There is no revision {revision} of {source} on the hub: correct data.revision."
