@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from xception_pl.data.config import local_path
 from xception_pl.data.errors import DataError
+from xception_pl.data.fetch import refusal
 
 if TYPE_CHECKING:
     import datasets
@@ -60,6 +61,15 @@ class ParquetSplit(Split):
     files: tuple[str, ...] = field(repr=False)
     """Paths or URLs as fsspec reads them; a hub file's URL names its commit."""
     footers: tuple[pq.FileMetaData, ...] = field(repr=False)
+
+    @cached_property
+    def bytes(self) -> int:
+        """Stored bytes of all row groups."""
+        return sum(f.row_group(g).total_byte_size for f in self.footers for g in range(f.num_row_groups))
+
+    @cached_property
+    def remote(self) -> bool:
+        return any("://" in file for file in self.files)
 
     @cached_property
     def groups(self) -> tuple[tuple[int, int], ...]:
@@ -135,16 +145,43 @@ def table_split(
 
 def _builder(source: str, path: Path | None, revision: str | None) -> "datasets.DatasetBuilder":
     from datasets import load_dataset_builder
-    from datasets.exceptions import DatasetsError
+    from datasets.exceptions import DataFilesNotFoundError
 
+    if path is None:
+        return _hub_builder(source, revision)
     try:
-        if path is None:
-            return load_dataset_builder(source, revision=revision)
         if path.is_file():
             return load_dataset_builder("parquet", data_files=str(path))
         return load_dataset_builder(str(path))
-    except (DatasetsError, FileNotFoundError, ConnectionError) as error:
-        raise DataError(f"Cannot open data.source {source}: {error}") from error
+    except (DataFilesNotFoundError, FileNotFoundError) as error:
+        raise DataError(f"There are no images or Parquet files in data.source {source}.") from error
+
+
+def _hub_builder(source: str, revision: str | None) -> "datasets.DatasetBuilder":
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+    try:
+        return load_dataset_builder(source, revision=revision)
+    except DatasetNotFoundError as error:
+        if "gated" in str(error):
+            raise DataError(refusal(source, 403 if "ask for access" in str(error) else 401)) from error
+        if "evision" in str(error):
+            raise DataError(
+                f"There is no revision {revision} of {source} on the hub: correct data.revision."
+            ) from error
+        raise DataError(
+            f"The dataset {source} does not exist on the hub, or is private and the token given cannot see it; "
+            "nor is it a folder here: correct data.source, or run `hf auth login`."
+        ) from error
+    except (ConnectionError, OfflineModeIsEnabled) as error:
+        raise DataError(
+            f"The hub cannot be reached to open {source}: check the network and HF_HUB_OFFLINE, "
+            "or give a local mirror as data.source."
+        ) from error
+    except (DatasetsError, HFValidationError, FileNotFoundError) as error:
+        raise DataError(f"data.source {source} cannot be opened: {str(error).splitlines()[0].rstrip('.')}.") from error
 
 
 def _saved_split(path: Path, split: str, image_column: str, label_column: str) -> Split:
