@@ -23,10 +23,11 @@ def config(**changes: object) -> DataConfig:
 
 
 def test_a_killed_worker_is_an_error_and_not_a_hang() -> None:
+    others = set(multiprocessing.active_children())
     batches = iter(ImageNetDataModule(config(prefetch=1), train=table(1000)).train_dataloader())
     next(batches)
-    victims = multiprocessing.active_children()
-    assert len(victims) >= 2
+    victims = [child for child in multiprocessing.active_children() if child not in others]
+    assert len(victims) == 2
     assert victims[0].pid is not None
     os.kill(victims[0].pid, signal.SIGKILL)
     start = time.monotonic()
@@ -50,6 +51,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_workers_and_fetcher_end_with_a_killed_parent(tmp_path: Path) -> None:
     write_set(tmp_path / "set")
     command = [sys.executable, "-c", PARENT, str(tmp_path / "set"), str(tmp_path / "cache")]
