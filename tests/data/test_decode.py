@@ -200,6 +200,11 @@ def test_every_edge_of_a_box_is_exact() -> None:
             assert np.abs(got - reference(data, box, 150, bicubic=False)).max() <= 1, box
 
 
+@pytest.mark.parametrize("box", [Box(0, 0, 376, 10), Box(-1, 0, 10, 10), Box(0, 400, 10, 101), Box(5, 5, 0, 10)])
+def test_boxes_outside_of_the_image_are_refused(box: Box) -> None:
+    assert native.crop_jpeg(encode(photograph(), "JPEG"), box, 71, bicubic=False) is None
+
+
 def test_scaled_decoding_stays_close() -> None:
     """With a smaller DCT: on average below 2 levels from the reference, and still the same picture everywhere."""
     data = encode(photograph("astronaut", (1024, 1024)), "JPEG", quality=90)

@@ -164,6 +164,10 @@ static int make_weights(struct weights *w, double start, double length, int low,
       double offset = (x - centre + 0.5) / stretch;
       sum += real[x - from] = bicubic ? cubic(offset) : triangle(offset);
     }
+    if (from >= to) { /* less than a pixel is there: the nearest one alone */
+      from = from < high ? from : high - 1, to = from + 1;
+      real[0] = sum = 1;
+    }
     for (int k = 0; k < to - from; k++) w->at[(size_t)i * room + k] = (int32_t)lrint(real[k] / sum * (1 << BITS));
     w->first[i] = from - low;
     if (to - from > w->taps) w->taps = to - from;
@@ -270,12 +274,16 @@ struct buffers {
   uint8_t *line, *rows, *out;
 };
 
-static int decode(struct decompress *cinfo, struct buffers *b, const uint8_t *data, size_t length, const double *box,
-                  int context, int scaled, int size, int bicubic, int flip, uint8_t *out) {
+/* Not inlined: longjmp would leave the caller's copies of what it changes undefined. */
+static __attribute__((noinline)) int decode(struct decompress *cinfo, struct buffers *b, const uint8_t *data,
+                                            size_t length, const double *box, int context, int scaled, int size,
+                                            int bicubic, int flip, uint8_t *out) {
   jpeg.mem_src(cinfo, data, (unsigned long)length);
   jpeg.read_header(cinfo, 1);
   if (cinfo->num_components != 1 && cinfo->num_components != 3) return 1;
-  double top = box[0], left = box[1], height = box[2], width = box[3];
+  double top = box[0], left = box[1], height = box[2], width = box[3], slack = 1e-6;
+  if (top < 0 || left < 0 || height < slack || width < slack || size < 1) return 1;
+  if (top + height > cinfo->image_height + slack || left + width > cinfo->image_width + slack) return 1;
 
   /* A smaller DCT, as long as what it gives is not smaller than the output: 1/2, 1/4 or 1/8 of the side. */
   cinfo->scale_num = cinfo->scale_denom = 8;
