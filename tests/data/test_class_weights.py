@@ -4,6 +4,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from xception_pl.data.class_weights import label_counts, read_class_weights
@@ -85,3 +86,23 @@ def test_a_file_that_does_not_fit(tmp_path: Path, text: str, expected: str) -> N
 
 def test_no_weights_are_none() -> None:
     assert ImageNetDataModule(DataConfig(source=OUTFITS), num_classes=10, multi_label=True).class_weights() is None
+
+
+def test_only_the_label_column_of_parquet_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xception_pl.data import stream
+
+    images = [{"bytes": bytes(100_000), "path": None}] * 5
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.List(datasets.Value("int64"))})
+    made = datasets.Dataset.from_dict({"image": images, "label": LABELS}, features=features)
+    pq.write_table(made.with_format("arrow")[:], tmp_path / "train.parquet", compression="none", use_dictionary=False)
+    split = open_split(str(tmp_path / "train.parquet"), "train")
+    read: list[int] = []
+    original = stream.read_range
+
+    def counted(path: str, start: int, stop: int, retry_seconds: float) -> bytes:
+        read.append(stop - start)
+        return original(path, start, stop, retry_seconds)
+
+    monkeypatch.setattr(stream, "read_range", counted)
+    assert label_counts(split, 5) == COUNTS
+    assert 0 < sum(read) < 1000

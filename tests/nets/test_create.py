@@ -43,7 +43,7 @@ CHANGED = {
 
 
 def test_every_option_reaches_xception() -> None:
-    options = {f.name for f in fields(ModelConfig)} - {"name", "channels_last", "compile"}
+    options = {f.name for f in fields(ModelConfig)} - {"name", "channels_last", "compile", "bn_momentum"}
     assert set(CHANGED) == options
     for key, value in CHANGED.items():
         direct = {key: value}
@@ -54,6 +54,13 @@ def test_every_option_reaches_xception() -> None:
         assert network.feature_info == expected.feature_info
         different = repr(network) != repr(on_meta(ModelConfig()))
         assert different or network.grad_checkpointing or network.feature_info[-1]["reduction"] == 16, key
+
+
+@pytest.mark.parametrize(("name", "own"), [("xception", 0.01), ("resnet10t", 0.1)])
+def test_batch_norms_momentum_is_the_networks_own_unless_given(name: str, own: float) -> None:
+    for given, expected in ((None, own), (0.2, 0.2)):
+        network = on_meta(ModelConfig(name=name, bn_momentum=given))
+        assert {m.momentum for m in network.modules() if isinstance(m, nn.BatchNorm2d)} == {expected}
 
 
 @pytest.mark.parametrize(

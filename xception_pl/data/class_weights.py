@@ -6,15 +6,18 @@ The paper weights "the contribution of each class" by how common it is in social
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from xception_pl.data.errors import DataError
+from xception_pl.data.fetch import RETRY_SECONDS
 from xception_pl.data.source import ParquetSplit, Split, TableSplit
+from xception_pl.data.stream import read_labels
+
+_THREADS = 16  # small reads of remote files wait more than they work
 
 
 def read_class_weights(path: str | Path, classes: int) -> list[float]:
@@ -44,15 +47,15 @@ def read_class_weights(path: str | Path, classes: int) -> list[float]:
     return weights
 
 
-def label_counts(split: Split, classes: int) -> list[float]:
-    """How often the labels of a split name each class. Of Parquet only the label column is read.
+def label_counts(split: Split, classes: int, retry_seconds: float = RETRY_SECONDS) -> list[float]:
+    """How often the label lists of a split name each class. Of Parquet only the label column is read.
 
     Raises:
         DataError: a label lies outside the classes, or there is none at all.
     """
     counts = np.zeros(classes, np.int64)
-    for labels in _label_columns(split):
-        values = labels.to_numpy(zero_copy_only=False)
+    for labels in _labels(split, retry_seconds):
+        values = labels.flatten().to_numpy(zero_copy_only=False)
         if len(values) and not 0 <= values.min() <= values.max() < classes:
             outside = values.min() if values.min() < 0 else values.max()
             raise DataError(f"In {split.where} an image has label {outside}, but the network has {classes} classes.")
@@ -62,16 +65,12 @@ def label_counts(split: Split, classes: int) -> list[float]:
     return [float(count) for count in counts]
 
 
-def _label_columns(split: Split) -> Iterator[pa.Array]:
-    """All labels of all images, a chunk at a time."""
+def _labels(split: Split, retry_seconds: float) -> Iterator[pa.Array]:
+    """The label lists of all images, a part at a time."""
     if isinstance(split, TableSplit):
-        chunks = (
-            split.table.select_columns([split.label_column]).with_format("arrow")[:].column(split.label_column).chunks
-        )
-        yield from (chunk.flatten() for chunk in chunks)
+        column = split.table.select_columns([split.label_column]).with_format("arrow")[:].column(split.label_column)
+        yield from column.chunks
         return
     assert isinstance(split, ParquetSplit)
-    for path, footer in zip(split.files, split.footers, strict=True):
-        with fsspec.open(path, "rb") as file:
-            column = pq.ParquetFile(file, metadata=footer).read(columns=[split.label_column]).column(0)
-        yield from (chunk.flatten() for chunk in column.chunks)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        yield from pool.map(lambda group: read_labels(split, group, retry_seconds), range(len(split.rows)))

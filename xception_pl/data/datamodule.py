@@ -135,9 +135,9 @@ class ImageNetDataModule(pl.LightningDataModule):
         source, classes = self.config.class_weights, self._format().classes
         if source is None:
             return None
-        return (
-            label_counts(self._split("train"), classes) if source == FREQUENCY else read_class_weights(source, classes)
-        )
+        if source != FREQUENCY:
+            return read_class_weights(source, classes)
+        return label_counts(self._split("train"), classes, self.config.retry_seconds)
 
     @property
     def steps_per_epoch(self) -> int:

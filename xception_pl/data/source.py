@@ -97,8 +97,8 @@ def open_split(
     """Resolve one split of a source; reads metadata only (for Parquet: the footers, in parallel).
 
     Args:
-        source: `sample`, `sample-outfits`, a hub dataset id, or a local path: a Parquet file, a folder of Parquet or of images, or a
-            folder written by `Dataset.save_to_disk`.
+        source: `sample`, `sample-outfits`, a hub dataset id, or a local path: a Parquet file, a folder of Parquet or of
+            images, or a folder written by `Dataset.save_to_disk`.
         split: its name in the source.
         revision: git revision, for hub datasets.
         image_column: column of encoded images.
