@@ -45,8 +45,7 @@ class LoopbackHub:
             pass
 
         Handler.hub = hub
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._lock = threading.Lock()
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
@@ -68,6 +67,13 @@ class LoopbackHub:
             if name:
                 self.reads[name] += 1
                 self.bytes_read[name] += size
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that are killed or give up are what is tested here: no traceback."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -150,6 +150,25 @@ def test_a_storm_of_faults_changes_nothing_but_the_count(
     assert fetch.faults[kind] >= 10
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_through_a_storm_sees_the_same_and_counts_the_faults(
+    tmp_path: Path, hub: LoopbackHub, workers: int
+) -> None:
+    calm = fit(tmp_path, config(tmp_path), max_epochs=1, limit_val_batches=0).seen
+    hub.faults.append(sometimes(2, status(503)))
+    data = ImageNetDataModule(config(tmp_path, cache_dir=str(tmp_path / "other"), workers=workers), seed=1)
+    tracer = Tracer()
+    trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(tracer, data)
+    assert tracer.seen == calm
+    assert data.faults["503"] >= 5
+
+
+def test_footers_are_read_once_and_kept(tmp_path: Path, hub: LoopbackHub) -> None:
+    for _ in range(2):
+        assert ImageNetDataModule(config(tmp_path)).train_images == TRAIN
+    assert hub.requests["read"] == 5
+
+
 def test_a_stall_is_cut_and_read_again(tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "SILENCE_SECONDS", 0.2)
     split = open_split(IMAGENET, "validation")

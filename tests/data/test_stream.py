@@ -62,9 +62,9 @@ def test_only_the_wanted_columns_are_read(tmp_path: Path, monkeypatch: pytest.Mo
     read: list[int] = []
     whole = stream.read_range
 
-    def counted(path: str, start: int, stop: int) -> bytes:
+    def counted(path: str, start: int, stop: int, retry_seconds: float) -> bytes:
         read.append(stop - start)
-        return whole(path, start, stop)
+        return whole(path, start, stop, retry_seconds)
 
     monkeypatch.setattr(stream, "read_range", counted)
     open_reader(split).rows(list(range(40)))

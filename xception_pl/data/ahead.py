@@ -5,14 +5,17 @@ import logging
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from multiprocessing.sharedctypes import Synchronized, SynchronizedArray
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.sharedctypes import SynchronizedArray
 
 import torch.multiprocessing as mp
 
 from xception_pl.data.cache import GroupCache
 from xception_pl.data.errors import DataError
+from xception_pl.data.fetch import new_faults
 from xception_pl.data.plan import EpochPlan, Ids
 
 _CONNECTIONS = 8  # row groups fetched at a time by a node
@@ -51,9 +54,9 @@ class FillAhead:
     def __init__(self, cache: GroupCache, needs: NodeNeeds, epoch_steps: int, steps: int) -> None:
         context = mp.get_context()
         self._at: SynchronizedArray[int] = context.Array("q", [-1, -1])
-        self.fetched: Synchronized[int] = context.Value("q", 0)
+        self._faults: SimpleQueue[dict[str, int]] = context.SimpleQueue()
         self._process = context.Process(
-            target=_run, args=(cache, needs, epoch_steps, steps, self._at, self.fetched, os.getpid()), daemon=True
+            target=_run, args=(cache, needs, epoch_steps, steps, self._at, self._faults, os.getpid()), daemon=True
         )
         self._process.start()
 
@@ -61,6 +64,13 @@ class FillAhead:
         """Say where the training is; cheap enough for every step."""
         with self._at.get_lock():
             self._at[0], self._at[1] = epoch, step
+
+    def faults(self) -> dict[str, int]:
+        """Its reads that failed and were tried again since the last call, by kind."""
+        told: Counter[str] = Counter()
+        while not self._faults.empty():
+            told.update(self._faults.get())
+        return dict(told)
 
     def close(self) -> None:
         """End the process, in the middle of a fetch too: the cache bears it."""
@@ -74,7 +84,7 @@ def _run(
     epoch_steps: int,
     steps: int,
     at: "SynchronizedArray[int]",
-    fetched: "Synchronized[int]",
+    faults: "SimpleQueue[dict[str, int]]",
     parent: int,
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
@@ -87,14 +97,14 @@ def _run(
 
     def fetch(group: int) -> None:
         try:
-            if cache.fill(group) is not None:
-                with fetched.get_lock():
-                    fetched.value += 1
+            cache.fill(group)
         except (DataError, OSError) as error:
             _log.debug("Row group %d is left to its readers: %s", group, error)
 
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         while os.getppid() == parent:
+            if new := new_faults():
+                faults.put(new)
             epoch, step = at[0], at[1]
             now = epoch * epoch_steps + step
             if epoch >= 0 and (begun is None or not begun <= now <= begun + epoch_steps):

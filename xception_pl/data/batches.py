@@ -14,6 +14,7 @@ from xception_pl.data.cache import GroupCache
 from xception_pl.data.config import DataConfig
 from xception_pl.data.decode import DecodeError, Pixels, eval_image, train_image
 from xception_pl.data.errors import DataError
+from xception_pl.data.fetch import new_faults
 from xception_pl.data.plan import EpochPlan, EvalPlan, image_seeds, per_device_batch
 from xception_pl.data.source import Split
 from xception_pl.data.stream import Row, RowReader, check_labels, open_reader
@@ -57,6 +58,8 @@ class Item:
 
     batch: Batch
     corrupt: list[Corrupt]
+    faults: dict[str, int]
+    """Reads that failed and were tried again since the item before."""
 
 
 class _Batches(Dataset[Item | DataError]):
@@ -135,7 +138,7 @@ class TrainBatches(_Batches):
             "id": torch.from_numpy(ids),
             "seed": torch.from_numpy(seeds),
         }
-        return Item(batch, corrupt)
+        return Item(batch, corrupt, new_faults())
 
     def _next_whole(self, at: int, decode: Callable[[bytes], Pixels]) -> tuple[Row, Pixels]:
         """The replacement of a corrupt image: the next row of the source that can be decoded."""
@@ -209,7 +212,7 @@ class EvalBatches(_Batches):
             "seed": torch.from_numpy(image_seeds(self.seed, 0, ids)),
             "valid": torch.from_numpy(valid),
         }
-        return Item(batch, corrupt)
+        return Item(batch, corrupt, new_faults())
 
 
 def _decoded(decode: Callable[[bytes], Pixels], row: Row) -> Pixels | str:

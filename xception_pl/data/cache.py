@@ -99,8 +99,8 @@ class GroupCache:
             try:
                 size = pa.MockOutputStream()
                 _write_arrow(table, size)
-                self._make_room(size.size())
-                with pa.OSFile(str(aside), "wb") as file:
+                self._reserve(aside, size.size())
+                with aside.open("r+b") as file:
                     _write_arrow(table, file)
                 aside.rename(path)
                 return True
@@ -115,14 +115,19 @@ class GroupCache:
             _log.warning("No room in %s: row groups that do not fit are read again when needed.", self.folder)
         return False
 
-    def _make_room(self, size: int) -> None:
-        """Count `size` bytes more; when that passes the limit, measure the folder and delete the longest unused."""
+    def _reserve(self, aside: Path, size: int) -> None:
+        """Make a file of `size` bytes to write into; when that passes the limit, delete the longest unused first.
+
+        The bytes are kept in a file, for measuring the folder takes longer than writing a row group.
+        """
         with _locked(self.folder / "lock"):
             counter = self.folder / "bytes"
             used = int(counter.read_text() or 0) if counter.exists() else self._measure()
             if used + size > self.limit_bytes:
                 used = self._delete(max(0, int(self.limit_bytes * _ROOM) - size))
             counter.write_text(str(used + size))
+            with aside.open("wb") as file:
+                file.truncate(size)  # counts from now on, for whoever measures
 
     def _clear(self, down_to: float) -> None:
         with _locked(self.folder / "lock"):
@@ -159,8 +164,10 @@ def _write_arrow(table: pa.Table, file: Any) -> None:
         writer.write_table(table)
 
 
-def default_folder() -> Path:
-    """Where row groups are kept when the recipe does not say."""
+def cache_folder(configured: str | None) -> Path:
+    """Where row groups and footers are kept: as configured, or the user's cache folder."""
+    if configured is not None:
+        return Path(configured).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xception_pl"
 
 

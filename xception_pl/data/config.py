@@ -36,8 +36,8 @@ class DataConfig:
     """Images an optimiser step, over all devices and accumulated batches."""
     eval_batch: int = 64
     """Images a device and step in evaluation."""
-    shuffle_window: int = 16384
-    """Images among which the order is random; larger is closer to a perfect shuffle and holds more in memory."""
+    shuffle_window: int = 65536
+    """Images among which the order is random; larger is closer to a perfect shuffle and keeps more in the cache."""
     cache_dir: str | None = None
     """Folder for row groups of remote or large Parquet, shared by a node's processes; null is ~/.cache/xception_pl."""
     cache_gb: float = 32.0

@@ -1,5 +1,7 @@
 """`ImageNetDataModule`: any image classification source of `datasets`, planned exactly, streamed, cropped, batched."""
 
+import logging
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +11,7 @@ import lightning.pytorch as pl
 from xception_pl.data.ahead import FillAhead, NodeNeeds
 from xception_pl.data.augment import DeviceAugment
 from xception_pl.data.batches import Batch, EvalBatches, Format, Position, TrainBatches
-from xception_pl.data.cache import GroupCache
+from xception_pl.data.cache import GroupCache, cache_folder
 from xception_pl.data.config import DataConfig
 from xception_pl.data.corrupt import CorruptImages
 from xception_pl.data.errors import DataError
@@ -20,6 +22,8 @@ from xception_pl.data.stream import open_cache
 
 if TYPE_CHECKING:
     import datasets
+
+_log = logging.getLogger(__name__)
 
 
 class ImageNetDataModule(pl.LightningDataModule):
@@ -68,6 +72,8 @@ class ImageNetDataModule(pl.LightningDataModule):
         self._splits: dict[str, Split] = {}
         self._augment: DeviceAugment | None = None
         self._ahead: FillAhead | None = None
+        self.faults: Counter[str] = Counter()
+        """Reads of this rank that failed and were tried again, by kind."""
 
     # What the source holds
 
@@ -170,6 +176,7 @@ class ImageNetDataModule(pl.LightningDataModule):
             accumulate=self.accumulate,
             on_resume=self._count_in_own_batches,
             endless=True,
+            on_faults=self.faults.update,
             on_batch=self._fill_ahead(split, cache) if cache is not None and self._local_rank == 0 else None,
             on_corrupt=CorruptImages(
                 split, self._corrupt_file, config.max_corrupt * split.images / self._world, "data.max_corrupt"
@@ -192,6 +199,7 @@ class ImageNetDataModule(pl.LightningDataModule):
             position=lambda: (0, 0),
             workers=self.config.workers,
             prefetch=self.config.prefetch,
+            on_faults=self.faults.update,
             on_corrupt=CorruptImages(split, self._corrupt_file, split.images, "data.val_corrupt"),
         )
 
@@ -275,10 +283,14 @@ class ImageNetDataModule(pl.LightningDataModule):
         return told
 
     def teardown(self, stage: str | None = None) -> None:
-        """End the process that fills the cache."""
+        """End the process that fills the cache; tell the reads that had to be tried again."""
         if self._ahead is not None:
+            self.faults.update(self._ahead.faults())
             self._ahead.close()
             self._ahead = None
+        if self.faults:
+            kinds = ", ".join(f"{kind}: {count}" for kind, count in self.faults.most_common())
+            _log.warning("%d reads failed and were tried again (%s).", self.faults.total(), kinds)
 
     def _train_position(self) -> Position:
         """The batch that the trainer is at; the start of epoch 0 without a trainer."""
@@ -309,6 +321,7 @@ class ImageNetDataModule(pl.LightningDataModule):
                 revision=config.revision,
                 image_column=config.image_column,
                 label_column=config.label_column,
+                keep=cache_folder(config.cache_dir) / "footers",
             )
         self._check(split, f"data.{name}_images", config.train_images if name == "train" else config.val_images)
         return split

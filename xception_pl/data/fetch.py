@@ -25,7 +25,7 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
 _FOR_A_WHILE = {408, 425, 429, 500, 502, 503, 504}
 
 faults: Counter[str] = Counter()
-"""Failed tries of this process by kind."""
+"""Failed tries of this process by kind, since they were last asked for."""
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +68,13 @@ def read_range(path: str, start: int, stop: int, retry_seconds: float = RETRY_SE
                 ) from fault
             time.sleep(pause)
             wait = min(2 * wait, _LONGEST_WAIT)
+
+
+def new_faults() -> dict[str, int]:
+    """Failed tries of this process since the last call, by kind."""
+    new = dict(faults)
+    faults.clear()
+    return new
 
 
 def file_size(path: str) -> int:

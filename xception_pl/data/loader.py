@@ -30,6 +30,7 @@ class PlannedLoader:
         accumulate: micro-batches an optimiser step, kept beside them: a resume may change it.
         on_resume: told the checkpoint's `accumulate`.
         endless: whether workers go on into the next epoch.
+        on_faults: told the reads that failed and were tried again, by kind.
         on_batch: told the position of each batch taken.
         on_corrupt: told of images that could not be decoded; may raise.
     """
@@ -45,6 +46,7 @@ class PlannedLoader:
         accumulate: int = 1,
         on_resume: Callable[[int], None] | None = None,
         endless: bool = False,
+        on_faults: Callable[[Mapping[str, int]], None] | None = None,
         on_batch: Callable[[Position], None] | None = None,
         on_corrupt: Callable[[list[Corrupt]], None] | None = None,
     ) -> None:
@@ -52,7 +54,7 @@ class PlannedLoader:
         self._position = position
         self._order = dict(order or {})
         self._accumulate, self._on_resume = accumulate, on_resume
-        self._on_batch, self._on_corrupt = on_batch, on_corrupt
+        self._on_faults, self._on_batch, self._on_corrupt = on_faults, on_batch, on_corrupt
         self._sampler = _From(len(batches), endless)
         self._loader: DataLoader[Any] = DataLoader(
             batches,
@@ -85,9 +87,19 @@ class PlannedLoader:
             self._iterator = iter(self._loader)
         epoch, index = position
         self._next = (epoch, index + 1) if index + 1 < len(self) else (epoch + 1, 0)
-        item: Item | DataError = next(self._iterator)
+        try:
+            item: Item | DataError = next(self._iterator)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                "A loader worker was killed, by the system if memory ran out: lower data.workers, data.prefetch or "
+                "data.shuffle_window."
+            ) from error
         if isinstance(item, DataError):
             raise item
+        if item.faults and self._on_faults is not None:
+            self._on_faults(item.faults)
         if item.corrupt and self._on_corrupt is not None:
             self._on_corrupt(item.corrupt)
         return item.batch

@@ -42,7 +42,7 @@ class EpochPlan:
     """
 
     def __init__(
-        self, rows: Sequence[int] | Ids, *, seed: int, epoch: int, global_batch: int, window: int = 16384
+        self, rows: Sequence[int] | Ids, *, seed: int, epoch: int, global_batch: int, window: int = 65536
     ) -> None:
         self.rows = np.asarray(rows, dtype=np.int64)
         self.images = int(self.rows.sum())

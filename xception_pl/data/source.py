@@ -6,6 +6,7 @@ mapped from Arrow files (an image folder is one too: its rows hold paths), where
 """
 
 import difflib
+import functools
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -85,7 +86,13 @@ class TableSplit(Split):
 
 
 def open_split(
-    source: str, split: str, *, revision: str | None = None, image_column: str = "image", label_column: str = "label"
+    source: str,
+    split: str,
+    *,
+    revision: str | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
+    keep: Path | None = None,
 ) -> Split:
     """Resolve one split of a source; reads metadata only (for Parquet: the footers, in parallel).
 
@@ -96,6 +103,7 @@ def open_split(
         revision: git revision, for hub datasets.
         image_column: column of encoded images.
         label_column: column of labels or label lists.
+        keep: folder in which footers of files on the hub are kept for the next time.
 
     Raises:
         DataError: source, revision, split or column do not exist or cannot be read; says which and what to do.
@@ -113,7 +121,7 @@ def open_split(
     where = f"split {split!r} of {source}"
     files = next([str(file) for file in listed] for name, listed in data_files.items() if str(name) == split)
     if isinstance(builder, Parquet):
-        return _parquet_split(where, files, image_column, label_column)
+        return _parquet_split(where, files, image_column, label_column, keep)
     if isinstance(builder, ImageFolder):
         rows = builder.as_streaming_dataset(split=split)
         return table_split(_listed(rows, where, image_column), where, image_column, label_column)
@@ -207,13 +215,15 @@ def _listed(rows: "datasets.IterableDataset", where: str, image_column: str) -> 
     return datasets.Dataset.from_list(list(rows), features=features)
 
 
-def _parquet_split(where: str, files: list[str], image_column: str, label_column: str) -> ParquetSplit:
+def _parquet_split(
+    where: str, files: list[str], image_column: str, label_column: str, keep: Path | None
+) -> ParquetSplit:
     from datasets import Features
 
-    from xception_pl.data.stream import read_footer
+    from xception_pl.data.stream import kept_footer
 
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        footers = tuple(pool.map(read_footer, files))
+        footers = tuple(pool.map(functools.partial(kept_footer, keep=keep), files))
     features = Features.from_arrow_schema(footers[0].schema.to_arrow_schema())
     groups = [footer.row_group(g).num_rows for footer in footers for g in range(footer.num_row_groups)]
     return ParquetSplit(

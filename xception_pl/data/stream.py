@@ -1,7 +1,11 @@
 """Planned rows by id, out of Parquet row groups or a `datasets` table, as encoded bytes and labels."""
 
+import contextlib
 import functools
+import hashlib
 import io
+import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from xception_pl.data.cache import GroupCache, default_folder
+from xception_pl.data.cache import GroupCache, cache_folder
 from xception_pl.data.errors import DataError
 from xception_pl.data.fetch import RETRY_SECONDS, file_size, read_range
 from xception_pl.data.source import ParquetSplit, Split, TableSplit
@@ -109,7 +113,7 @@ def open_cache(split: Split, folder: str | None, gigabytes: float, retry_seconds
     if not isinstance(split, ParquetSplit) or not (split.remote or split.bytes > MEMORY_BYTES):
         return None
     read = functools.partial(read_group, retry_seconds=retry_seconds)
-    return GroupCache(Path(folder).expanduser() if folder else default_folder(), int(gigabytes * 1e9), split, read)
+    return GroupCache(cache_folder(folder), int(gigabytes * 1e9), split, read)
 
 
 def read_group(split: ParquetSplit, group: int, retry_seconds: float = RETRY_SECONDS) -> pa.Table:
@@ -127,6 +131,21 @@ def read_group(split: ParquetSplit, group: int, retry_seconds: float = RETRY_SEC
         images = images.field("bytes")
     labels = table.column(split.label_column).combine_chunks()
     return pa.table([images, labels], names=["image", "label"])
+
+
+def kept_footer(path: str, keep: Path | None) -> pq.FileMetaData:
+    """`read_footer`, from the folder `keep` when this commit's file was read before."""
+    if keep is None or not path.startswith("hf://"):
+        return read_footer(path)
+    kept = keep / f"{hashlib.sha256(path.encode()).hexdigest()[:32]}.footer"
+    with contextlib.suppress(FileNotFoundError, pa.ArrowInvalid):
+        return pq.read_metadata(kept)
+    footer = read_footer(path)
+    keep.mkdir(parents=True, exist_ok=True)
+    aside = kept.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
+    footer.write_metadata_file(str(aside))
+    aside.rename(kept)
+    return footer
 
 
 def read_footer(path: str) -> pq.FileMetaData:
