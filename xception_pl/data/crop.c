@@ -293,7 +293,7 @@ static void resize_column(const uint8_t *in, size_t stride, uint8_t *out, const 
 
 struct buffers {
   struct weights x, y;
-  uint8_t *line, *rows, *out;
+  uint8_t *line, *rows;
 };
 
 /* Not inlined: longjmp would leave the caller's copies of what it changes undefined. */
@@ -331,21 +331,19 @@ static __attribute__((noinline)) int decode(struct decompress *cinfo, struct buf
   size_t stride = 3 * (size_t)size;
   b->line = malloc(4 * ((size_t)cinfo->output_width + (size_t)b->x.taps));
   b->rows = malloc((size_t)(y1 - y0 + b->y.taps) * stride + 16);
-  b->out = malloc((size_t)size * stride + 16);
-  if (!b->line || !b->rows || !b->out) return 1;
+  if (!b->line || !b->rows) return 1;
   if (y0 && jpeg.skip(cinfo, (unsigned)y0) != (unsigned)y0) return 1;
   for (int y = y0; y < y1; y++) {
     if (jpeg.read(cinfo, &b->line, 1) != 1) return 1;
     resize_row(b->line + 4 * ((unsigned)x0 - from), b->rows + (size_t)(y - y0) * stride, &b->x, size, flip);
   }
   for (int i = 0; i < size; i++)
-    resize_column(b->rows + (size_t)b->y.first[i] * stride, stride, b->out + (size_t)i * stride,
+    resize_column(b->rows + (size_t)b->y.first[i] * stride, stride, out + (size_t)i * stride,
                   b->y.at + (size_t)i * b->y.taps, b->y.taps);
-  memcpy(out, b->out, (size_t)size * stride);
   return 0;
 }
 
-/* Decode `box` (top, left, height, width in pixels of the full image) of a JPEG into `out`, size × size × 3 bytes.
+/* Decode `box` (top, left, height, width in pixels of the full image) of a JPEG into `out`, size × size × 3 bytes and room for 16 more.
  * `context`: the filters also see the pixels around the box; `scaled`: a smaller DCT is allowed. Returns 0, or 1 when this JPEG is not for this function. */
 int crop_jpeg(const uint8_t *data, size_t length, const double *box, int context, int scaled, int size, int bicubic,
               int flip, uint8_t *out) {
@@ -365,6 +363,5 @@ int crop_jpeg(const uint8_t *data, size_t length, const double *box, int context
   free(b.y.first);
   free(b.line);
   free(b.rows);
-  free(b.out);
   return failed;
 }
