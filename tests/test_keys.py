@@ -120,7 +120,7 @@ def of_trainer(recipe: Recipe, folder: Path) -> Any:
             trainer.limit_val_batches,
         ],
         [
-            trainer.strategy._layer_sync,
+            getattr(trainer.strategy, "_layer_sync", None),
             torch.are_deterministic_algorithms_enabled(),
             torch.backends.cudnn.benchmark,
         ],
