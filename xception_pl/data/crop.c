@@ -343,8 +343,9 @@ static __attribute__((noinline)) int decode(struct decompress *cinfo, struct buf
   return 0;
 }
 
-/* Decode `box` (top, left, height, width in pixels of the full image) of a JPEG into `out`, size × size × 3 bytes and room for 16 more.
- * `context`: the filters also see the pixels around the box; `scaled`: a smaller DCT is allowed. Returns 0, or 1 when this JPEG is not for this function. */
+/* Decode `box` (top, left, height, width in pixels of the full image) of a JPEG into `out`: size × size × 3 bytes and
+ * room for 16 more. `context`: the filters also see the pixels around the box; `scaled`: a smaller DCT is allowed.
+ * Returns 0, or 1 when this JPEG is not for this function. */
 int crop_jpeg(const uint8_t *data, size_t length, const double *box, int context, int scaled, int size, int bicubic,
               int flip, uint8_t *out) {
   struct decompress cinfo;
