@@ -46,7 +46,6 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs the command in this process; `signals_at` sends Ctrl-C at the end of those optimiser steps."""
 
     def call(*argv: str, signals_at: tuple[int, ...] = ()) -> int:
-        monkeypatch.delenv("XCEPTION_PL_RUN_FOLDER", raising=False)
         original = RunLog.on_train_batch_end
 
         def patched(self: RunLog, trainer: Any, *args: Any) -> None:

@@ -254,7 +254,6 @@ def test_every_key_changes_something(key: str, tmp_path: Path, monkeypatch: pyte
     section = key.partition(".")[0]
 
     def observed(overrides: dict[str, str]) -> Any:
-        monkeypatch.delenv("XCEPTION_PL_RUN_FOLDER", raising=False)
         try:
             recipe = load_recipe(path, overrides)
         except Exception as error:  # a refusal is an effect too
