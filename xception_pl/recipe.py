@@ -6,8 +6,9 @@ A recipe is a YAML mapping with the keys of `Recipe`. `base: other.yaml` (relati
 import difflib
 import math
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -94,15 +95,22 @@ def find_recipe(path: str | Path) -> Path:
     return path
 
 
-def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
-    """Reads a recipe, applies overrides (dotted key to text), checks everything that needs no torch.
+def load_recipe(
+    path: str | Path, overrides: Mapping[str, Any] | None = None, *, origins: Mapping[str, str] | None = None
+) -> Recipe:
+    """Reads a recipe, applies overrides (dotted key to text or value), checks everything that needs no torch.
+
+    Args:
+        path: The recipe.
+        overrides: Values over those of the recipe.
+        origins: Where an override was written, for messages; those not named here are of the command line.
 
     Raises:
         RecipeError: with one sentence for each mistake.
     """
     path = find_recipe(path)
     leaves, problems = _read_leaves(path, ())
-    leaves |= {key: (value, f"--{key}") for key, value in (overrides or {}).items()}
+    leaves |= {key: (value, (origins or {}).get(key, f"--{key}")) for key, value in (overrides or {}).items()}
     recipe, mistyped = _typed(leaves)
     recipe.run.name = recipe.run.name or path.stem
     problems += mistyped.values()
@@ -131,6 +139,11 @@ def check(recipe: Recipe, skip: Collection[str] = ()) -> list[str]:
         "run": run_config.check_run(recipe.run),
     }
     problems = [problem for section, sentences in found.items() if section not in skip for problem in sentences]
+    if recipe.data.class_weights is not None and recipe.optim.loss != "sigmoid" and not {"data", "optim"} & set(skip):
+        problems.append(
+            f"data.class_weights weighs the classes of label lists, and optim.loss {recipe.optim.loss} has one label an "
+            "image: leave it out or set optim.loss to sigmoid."
+        )
     if not problems and not skip and recipe.trainer.devices != "auto":
         problems += check_batch(recipe, recipe.trainer.devices)
     return problems
@@ -174,15 +187,17 @@ _Leaves = dict[str, tuple[Any, str]]
 """Dotted key to its value and where it was written."""
 
 
-def _read_leaves(path: Path, above: tuple[Path, ...]) -> tuple[_Leaves, list[str]]:
-    """The leaves of a recipe file over those of its base."""
-    if path.resolve() in above:
-        return {}, [f"{above[-1]}: base leads back to {path}; remove the circle."]
+def read_mapping(path: Path, missing: str) -> tuple[dict[Any, Any], list[str]]:
+    """A YAML file that holds a mapping (an empty file is an empty one), and a sentence for what makes it unreadable.
+
+    Args:
+        path: The file.
+        missing: What to say where there is no such file; the recipes that there are follow.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except FileNotFoundError:
-        where = f"{above[-1]}: base: " if above else ""
-        return {}, [f"{where}there is no recipe {path}.{_recipes_beside(path)}"]
+        return {}, [missing + _recipes_beside(path)]
     except (OSError, UnicodeDecodeError) as error:
         return {}, [f"{path} cannot be read as a recipe: {error}."]
     except yaml.MarkedYAMLError as error:
@@ -194,6 +209,17 @@ def _read_leaves(path: Path, above: tuple[Path, ...]) -> tuple[_Leaves, list[str
         content = {}
     if not isinstance(content, dict):
         return {}, [f"{path} must be a mapping of keys to values, not {type(content).__name__}."]
+    return content, []
+
+
+def _read_leaves(path: Path, above: tuple[Path, ...]) -> tuple[_Leaves, list[str]]:
+    """The leaves of a recipe file over those of its base."""
+    if path.resolve() in above:
+        return {}, [f"{above[-1]}: base leads back to {path}; remove the circle."]
+    where = f"{above[-1]}: base: " if above else ""
+    content, unreadable = read_mapping(path, f"{where}there is no recipe {path}.")
+    if unreadable:
+        return {}, unreadable
     leaves: _Leaves = {}
     problems: list[str] = []
     base = content.pop("base", None)
@@ -232,9 +258,6 @@ def _typed(leaves: _Leaves) -> tuple[Recipe, dict[str, str]]:
     jsonargparse says whether a value fits its type, and converts it.
     """
     keys = {key.name: key for key in schema()}
-    reader = ArgumentParser(exit_on_error=False)
-    for key in keys.values():
-        reader.add_argument(f"--{key.name}", type=key.type, default=key.default)
     problems: dict[str, str] = {}
     values: dict[str, Any] = {}
     for name, (value, where) in leaves.items():
@@ -245,13 +268,13 @@ def _typed(leaves: _Leaves) -> tuple[Recipe, dict[str, str]]:
                 problems[name] = f"{where}: {name} is a section with keys of its own, not {value!r}."
             continue
         try:
-            values[name] = _convert(reader, keys[name], value)
+            values[name] = _convert(keys[name], value)
         except ValueError:
             problems[name] = f"{where}: {name} must be {describe(keys[name].type)}, not {value!r}."
     return _build(Recipe, "", values), problems
 
 
-def _convert(reader: ArgumentParser, key: Key, value: Any) -> Any:
+def _convert(key: Key, value: Any) -> Any:
     if value is None or value == "null":
         if type(None) not in get_args(key.type):
             raise ValueError("null")
@@ -260,12 +283,20 @@ def _convert(reader: ArgumentParser, key: Key, value: Any) -> Any:
     for part in reversed(key.name.split(".")):
         nested = {part: nested}
     try:
-        converted = reader.parse_object(nested)[key.name]
+        converted = _reader(key).parse_object(nested)[key.name]
     except Exception as error:  # jsonargparse raises argparse's errors and its own
         raise ValueError(str(error)) from error
     if isinstance(converted, float) and not math.isfinite(converted):
         raise ValueError("not finite")
     return converted
+
+
+@cache
+def _reader(key: Key) -> ArgumentParser:
+    """A parser that knows this key alone: jsonargparse goes through all the keys it knows for each value it reads."""
+    reader = ArgumentParser(exit_on_error=False)
+    reader.add_argument(f"--{key.name}", type=key.type, default=key.default)
+    return reader
 
 
 def _build(config: type, prefix: str, values: dict[str, Any]) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from xception_pl.data.config import local_path
+from xception_pl.data.config import OUTFITS, local_path
 from xception_pl.data.errors import DataError
 from xception_pl.data.fetch import refusal
 
@@ -98,8 +98,8 @@ def open_split(
     """Resolve one split of a source; reads metadata only (for Parquet: the footers, in parallel).
 
     Args:
-        source: `sample`, a hub dataset id, or a local path: a Parquet file, a folder of Parquet or of images, or a
-            folder written by `Dataset.save_to_disk`.
+        source: `sample`, `sample-outfits`, a hub dataset id, or a local path: a Parquet file, a folder of Parquet or of
+            images, or a folder written by `Dataset.save_to_disk`.
         split: its name in the source.
         revision: git revision, for hub datasets.
         image_column: column of encoded images.
@@ -113,6 +113,8 @@ def open_split(
     from datasets.packaged_modules.parquet.parquet import Parquet
 
     path = local_path(source)
+    if source == OUTFITS:
+        return _outfits_split(split, image_column, label_column)
     if path is not None and any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
         return _saved_split(path, split, image_column, label_column)
     builder = _builder(source, path, revision)
@@ -212,6 +214,14 @@ def _knock() -> None:
             if attempt == 3:
                 raise ConnectionError(str(error)) from error
             time.sleep(1)
+
+
+def _outfits_split(split: str, image_column: str, label_column: str) -> Split:
+    from xception_pl.data.outfits import PICTURES, outfits
+
+    if split not in PICTURES:
+        raise _no_split(split, OUTFITS, PICTURES)
+    return table_split(outfits(split), f"split {split!r} of {OUTFITS}", image_column, label_column)
 
 
 def _saved_split(path: Path, split: str, image_column: str, label_column: str) -> Split:
