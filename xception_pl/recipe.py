@@ -6,7 +6,7 @@ A recipe is a YAML mapping with the keys of `Recipe`. `base: other.yaml` (relati
 import difflib
 import math
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -94,15 +94,22 @@ def find_recipe(path: str | Path) -> Path:
     return path
 
 
-def load_recipe(path: str | Path, overrides: dict[str, str] | None = None) -> Recipe:
-    """Reads a recipe, applies overrides (dotted key to text), checks everything that needs no torch.
+def load_recipe(
+    path: str | Path, overrides: Mapping[str, Any] | None = None, *, origins: Mapping[str, str] | None = None
+) -> Recipe:
+    """Reads a recipe, applies overrides (dotted key to text or value), checks everything that needs no torch.
+
+    Args:
+        path: The recipe.
+        overrides: Values over those of the recipe.
+        origins: Where an override was written, for messages; those not named here are of the command line.
 
     Raises:
         RecipeError: with one sentence for each mistake.
     """
     path = find_recipe(path)
     leaves, problems = _read_leaves(path, ())
-    leaves |= {key: (value, f"--{key}") for key, value in (overrides or {}).items()}
+    leaves |= {key: (value, (origins or {}).get(key, f"--{key}")) for key, value in (overrides or {}).items()}
     recipe, mistyped = _typed(leaves)
     recipe.run.name = recipe.run.name or path.stem
     problems += mistyped.values()
@@ -174,15 +181,17 @@ _Leaves = dict[str, tuple[Any, str]]
 """Dotted key to its value and where it was written."""
 
 
-def _read_leaves(path: Path, above: tuple[Path, ...]) -> tuple[_Leaves, list[str]]:
-    """The leaves of a recipe file over those of its base."""
-    if path.resolve() in above:
-        return {}, [f"{above[-1]}: base leads back to {path}; remove the circle."]
+def read_mapping(path: Path, missing: str) -> tuple[dict[Any, Any], list[str]]:
+    """A YAML file that holds a mapping (an empty file is an empty one), and a sentence for what makes it unreadable.
+
+    Args:
+        path: The file.
+        missing: What to say where there is no such file; the recipes that there are follow.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except FileNotFoundError:
-        where = f"{above[-1]}: base: " if above else ""
-        return {}, [f"{where}there is no recipe {path}.{_recipes_beside(path)}"]
+        return {}, [missing + _recipes_beside(path)]
     except (OSError, UnicodeDecodeError) as error:
         return {}, [f"{path} cannot be read as a recipe: {error}."]
     except yaml.MarkedYAMLError as error:
@@ -194,6 +203,17 @@ def _read_leaves(path: Path, above: tuple[Path, ...]) -> tuple[_Leaves, list[str
         content = {}
     if not isinstance(content, dict):
         return {}, [f"{path} must be a mapping of keys to values, not {type(content).__name__}."]
+    return content, []
+
+
+def _read_leaves(path: Path, above: tuple[Path, ...]) -> tuple[_Leaves, list[str]]:
+    """The leaves of a recipe file over those of its base."""
+    if path.resolve() in above:
+        return {}, [f"{above[-1]}: base leads back to {path}; remove the circle."]
+    where = f"{above[-1]}: base: " if above else ""
+    content, unreadable = read_mapping(path, f"{where}there is no recipe {path}.")
+    if unreadable:
+        return {}, unreadable
     leaves: _Leaves = {}
     problems: list[str] = []
     base = content.pop("base", None)
