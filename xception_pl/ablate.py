@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(_listing(ablation)))
         return 0
     if "collect" in arguments.flags:
-        return _report(ablation, report, ran=0)
+        return _report(ablation, report, arguments)
     chosen = [int(arguments.options["only"])] if "only" in arguments.options else list(range(len(ablation.cells)))
     runner = Runner()
     runner.install()
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nstopped; {finished} of {len(ablation.cells)} runs are finished", flush=True)
         print(f"go on with: {arguments.line('ablate')}", flush=True)
         return 128 + runner.stopped_by
-    code = 0 if "only" in arguments.options else _report(ablation, report, ran=len(chosen))
+    code = 0 if "only" in arguments.options else _report(ablation, report, arguments)
     return FAILED if failed else code
 
 
@@ -161,7 +161,7 @@ def _slurm(ablation: Ablation, arguments: Arguments) -> int:
     return 0
 
 
-def _report(ablation: Ablation, path: Path, *, ran: int) -> int:
+def _report(ablation: Ablation, path: Path, arguments: Arguments) -> int:
     """Table, figure and report of what is finished."""
     from xception_pl.ablation.report import write_report  # draws, and reads what training wrote: slow imports
 
@@ -169,7 +169,12 @@ def _report(ablation: Ablation, path: Path, *, ran: int) -> int:
     if not any(state.finished for state in states):
         print("error: no run is finished yet; there is nothing to report.", file=sys.stderr)
         return FAILED
-    print("\n" + write_report(ablation, states, path) + f"\n\nwritten to {path}")
+    overrides = {name: value for name, value in arguments.overrides.items() if name != "run.folder"}
+    command = Arguments(recipe=arguments.recipe, overrides=overrides).line("ablate")
+    text = write_report(ablation, states, path, command=command)
+    print(
+        f"\n{text}\n\nwritten to {path}, {path.with_suffix('.png').name} and {path.with_suffix('.json').name} beside it"
+    )
     return 0
 
 

@@ -8,6 +8,7 @@ import math
 import types
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -252,9 +253,6 @@ def _typed(leaves: _Leaves) -> tuple[Recipe, dict[str, str]]:
     jsonargparse says whether a value fits its type, and converts it.
     """
     keys = {key.name: key for key in schema()}
-    reader = ArgumentParser(exit_on_error=False)
-    for key in keys.values():
-        reader.add_argument(f"--{key.name}", type=key.type, default=key.default)
     problems: dict[str, str] = {}
     values: dict[str, Any] = {}
     for name, (value, where) in leaves.items():
@@ -265,13 +263,13 @@ def _typed(leaves: _Leaves) -> tuple[Recipe, dict[str, str]]:
                 problems[name] = f"{where}: {name} is a section with keys of its own, not {value!r}."
             continue
         try:
-            values[name] = _convert(reader, keys[name], value)
+            values[name] = _convert(keys[name], value)
         except ValueError:
             problems[name] = f"{where}: {name} must be {describe(keys[name].type)}, not {value!r}."
     return _build(Recipe, "", values), problems
 
 
-def _convert(reader: ArgumentParser, key: Key, value: Any) -> Any:
+def _convert(key: Key, value: Any) -> Any:
     if value is None or value == "null":
         if type(None) not in get_args(key.type):
             raise ValueError("null")
@@ -280,12 +278,20 @@ def _convert(reader: ArgumentParser, key: Key, value: Any) -> Any:
     for part in reversed(key.name.split(".")):
         nested = {part: nested}
     try:
-        converted = reader.parse_object(nested)[key.name]
+        converted = _reader(key).parse_object(nested)[key.name]
     except Exception as error:  # jsonargparse raises argparse's errors and its own
         raise ValueError(str(error)) from error
     if isinstance(converted, float) and not math.isfinite(converted):
         raise ValueError("not finite")
     return converted
+
+
+@cache
+def _reader(key: Key) -> ArgumentParser:
+    """A parser that knows this key alone: jsonargparse goes through all the keys it knows for each value it reads."""
+    reader = ArgumentParser(exit_on_error=False)
+    reader.add_argument(f"--{key.name}", type=key.type, default=key.default)
+    return reader
 
 
 def _build(config: type, prefix: str, values: dict[str, Any]) -> Any:

@@ -42,15 +42,19 @@ def find_state(cell: Cell) -> State:
     """Looks through the cell's run folders. A run whose stored recipe is not the cell's present one never counts."""
     wanted = what_decides(cell.recipe)
     state, finished, resumable = State(), [], []
+
+    def name(folder: Path) -> Path:
+        return folder.relative_to(cell.folder.parent)
+
     for folder in sorted(path.parent for path in cell.folder.glob("*/recipe.yaml")):
         changed = _difference(folder / "recipe.yaml", wanted)
         if changed:
-            state.notes.append(f"{folder} is a run of another recipe ({changed}) and does not count.")
+            state.notes.append(f"{name(folder)} is a run of another recipe ({changed}) and does not count.")
         elif (folder / "results.json").is_file():
             finished.append(folder)
         elif (folder / "checkpoints" / "last.ckpt").is_file():
             resumable.append(folder)
-    state.notes += [f"{folder} repeats {finished[-1]} and does not count." for folder in finished[:-1]]
+    state.notes += [f"{name(folder)} repeats {name(finished[-1])} and does not count." for folder in finished[:-1]]
     if finished:
         state.folder, state.finished = finished[-1], True
     elif resumable:
