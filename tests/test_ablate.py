@@ -22,7 +22,7 @@ from xception_pl.ablation import runs
 from xception_pl.ablation.figure import band
 from xception_pl.ablation.file import Ablation, Cell, load_ablation
 from xception_pl.ablation.runs import Runner, State, find_state
-from xception_pl.ablation.statistics import rows, spread
+from xception_pl.ablation.statistics import Spread, rows, spread
 from xception_pl.fit import main as fit
 from xception_pl.nets.cost import parameters
 from xception_pl.nets.create import create_network
@@ -233,6 +233,10 @@ def test_all_mistakes_of_the_recipes_are_named_at_once_and_once() -> None:
             "base: base.yaml\nseeds: [0]\nvariants: {a: {}, b: {optim.lr: 0.1, optim.final_lr: 0.1}}",
             "wrong.yaml: variants.b: optim.final_lr",
         ),
+        (
+            "base: base.yaml\nseeds: [0]\nvariants: {a: {}, b: {optim.loss: sigmoid}}",
+            "wrong.yaml: variants a and b differ in optim.loss, whose scores cannot be compared; give all the same.",
+        ),
         ("base: [", "wrong.yaml, line"),
         ("- 3", "wrong.yaml must be a mapping of keys to values, not list."),
     ],
@@ -386,6 +390,29 @@ def test_a_failed_run_is_reported_and_the_others_go_on(pretended: Any, capsys: p
     assert "Not finished: shallow, seed 3." in Path("runs/ablations/tiny/report.md").read_text()
 
 
+def test_a_run_of_another_process_is_left_alone(pretended: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the command that began it was killed, and only the run lives on."""
+    ablation = load_ablation("tiny.yaml")
+    for cell in ablation.cells[1:]:
+        write_run(cell, val_top1=0.5)
+    pretended("import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(60)\n")
+    program = (
+        "import os, subprocess, sys, threading\nfrom pathlib import Path\n"
+        "from xception_pl.ablation.file import load_ablation\nfrom xception_pl.ablation import runs\n"
+        "cell = load_ablation('tiny.yaml').cells[0]\n"
+        "runs.fit_command = lambda *_: [sys.executable, 'pretended.py']\nrunner = runs.Runner()\n"
+        "threading.Thread(target=runner.run, args=(cell, runs.State()), daemon=True).start()\n"
+        "while not Path('begun').exists(): pass\n"
+        "print(runner._process.pid, flush=True)\nos.kill(os.getpid(), 9)\n"
+    )
+    run = int(subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE).stdout)
+    try:
+        assert main(["tiny.yaml"]) == 0
+    finally:
+        os.kill(run, signal.SIGKILL)
+    assert "[1/4] deep, seed 3: left out, another process is running it\n" in capsys.readouterr().out
+
+
 def test_runs_of_another_recipe_do_not_count(capsys: pytest.CaptureFixture[str]) -> None:
     write_run(load_ablation("tiny.yaml").cells[0], val_top1=0.5)
     Path("base.yaml").write_text(BASE.replace("lr: 0.02", "lr: 0.03"))
@@ -427,7 +454,15 @@ def test_mean_and_sample_standard_deviation() -> None:
     several = spread([0.2, 0.4, 0.9])
     assert several.mean == pytest.approx(0.5)
     assert several.deviation == pytest.approx(0.36055512754639896)  # sqrt((0.09 + 0.01 + 0.16) / 2)
-    assert spread([0.2]).deviation is None
+    assert spread([0.2]) == Spread(mean=0.2, deviation=None, n=1)
+
+
+def test_a_run_that_diverged_shows_in_the_table() -> None:
+    ablation = load_ablation("tiny.yaml")
+    for cell, loss in zip(ablation.cells, (1.0, 1.0, float("nan"), 1.0), strict=True):
+        write_run(cell, val_top1=0.5, val_loss=loss)
+    assert main(["tiny.yaml", "--collect"]) == 0
+    assert "| deep | 2 | 50.0 ± 0.0 |  | nan ± nan |" in Path("runs/ablations/tiny/report.md").read_text()
 
 
 def test_differences_are_paired_by_seed() -> None:

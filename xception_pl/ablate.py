@@ -121,6 +121,9 @@ def _run(ablation: Ablation, chosen: list[int], runner: Runner) -> list[str]:
         begun = "resumed" if state.folder else "begun"
         print(f"{head}: {begun}; follow it with: tail -f {shlex.quote(str(log_of(cell)))}", flush=True)
         code, seconds = runner.run(cell, state)
+        if code is None:
+            print(f"{head}: left out, another process is running it", flush=True)
+            continue
         state = find_state(cell)
         if code == 0 and state.finished:
             print(f"{head}: {_result(ablation, state)} in {seconds:.0f} s", flush=True)

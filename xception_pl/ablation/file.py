@@ -138,7 +138,7 @@ def load_ablation(path: str | Path, command_line: Mapping[str, str] | None = Non
         seeds=tuple(content["seeds"]),
         cells=tuple(cells),
     )
-    if problems := _twins(ablation):
+    if problems := _incomparable(ablation):
         raise RecipeError(problems)
     return ablation
 
@@ -223,14 +223,21 @@ def _misplaced(
     return problems
 
 
-def _twins(ablation: Ablation) -> list[str]:
-    """Variants whose recipes are equal: one of them is not what its name says."""
+def _incomparable(ablation: Ablation) -> list[str]:
+    """Variants whose recipes are equal, so that one is not what its name says, and losses that no one metric follows."""
     seen: list[tuple[str, dict[str, Any]]] = []
     problems = []
-    for cell in ablation.cells[: len(ablation.variants)]:
+    first, *others = ablation.cells[: len(ablation.variants)]
+    for cell in (first, *others):
         keys = what_decides(cell.recipe)
-        twin = next((name for name, others in seen if others == keys), None)
+        twin = next((name for name, known in seen if known == keys), None)
         if twin is not None:
             problems.append(f"{ablation.path}: variants {twin} and {cell.variant} are the same recipe; change one.")
         seen.append((cell.variant, keys))
+    for cell in others:
+        if cell.recipe.optim.loss != first.recipe.optim.loss:
+            problems.append(
+                f"{ablation.path}: variants {first.variant} and {cell.variant} differ in optim.loss, whose scores "
+                "cannot be compared; give all the same."
+            )
     return problems

@@ -1,5 +1,6 @@
 """The runs of an ablation: what is finished, and running what is not. Imports no torch."""
 
+import fcntl
 import json
 import os
 import signal
@@ -105,14 +106,18 @@ class Runner:
         if self._process is not None:
             self._process.send_signal(number)
 
-    def run(self, cell: Cell, state: State) -> tuple[int, float]:
-        """Runs or resumes a cell; returns its exit code and the seconds it took."""
+    def run(self, cell: Cell, state: State) -> tuple[int | None, float]:
+        """Runs or resumes a cell; returns its exit code, None where another process is running it, and the seconds."""
         # A run that is started from a run, or by a launcher, must not inherit that one's folder.
         environment = {name: value for name, value in os.environ.items() if name != "XCEPTION_PL_RUN_FOLDER"}
         log = log_of(cell)
         log.parent.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
         with open(log, "ab") as output:
+            try:
+                fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run inherits it, and holds it while it lives
+            except BlockingIOError:
+                return None, 0.0
             self._process = subprocess.Popen(
                 fit_command(cell, state),
                 stdin=subprocess.DEVNULL,

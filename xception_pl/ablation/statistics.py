@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite, nan
 from statistics import fmean, median, stdev
 
 from xception_pl.ablation.file import Ablation
@@ -20,8 +21,11 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and sample standard deviation of at least one value."""
-    return Spread(mean=fmean(values), deviation=stdev(values) if len(values) > 1 else None, n=len(values))
+    """Mean and sample standard deviation of at least one value; not a number where one is not (a run that diverged)."""
+    if len(values) == 1:
+        return Spread(mean=values[0], deviation=None, n=1)
+    deviation = stdev(values) if all(map(isfinite, values)) else nan  # stdev itself fails on NaN
+    return Spread(mean=fmean(values), deviation=deviation, n=len(values))
 
 
 @dataclass(frozen=True, kw_only=True)
