@@ -263,6 +263,7 @@ def test_the_command_line_may_not_undo_the_variants() -> None:
         (("tiny.yaml", "--only=4"), "--only must be the index of a run, 0 to 3, not 4; --dry-run lists them."),
         (("tiny.yaml", "--only=x"), "--only must be the index of a run, 0 to 3, not x; --dry-run lists them."),
         (("tiny.yaml", "--only=1", "--collect"), "--collect and --only exclude each other; give one."),
+        (("tiny.yaml", "--slurm", "--sbatch='-x"), "is not a shell's line of options: No closing quotation."),
         (("tiny.yaml", "--submit"), "--submit has no effect without --slurm."),
         (("tiny.yaml", "--report=a.txt"), "--report a.txt must be a .md file in a folder that exists."),
     ],

@@ -74,6 +74,10 @@ def _load(arguments: Arguments) -> Ablation:
     exclusive = [f"--{name}" for name in ("dry-run", "collect", "slurm", "only") if name in {*flags, *options}]
     if len(exclusive) > 1:
         problems.append(f"{' and '.join(exclusive)} exclude each other; give one.")
+    try:
+        shlex.split(options.get("sbatch", ""))
+    except ValueError as error:
+        problems.append(f"--sbatch {options['sbatch']!r} is not a shell's line of options: {error}.")
     if "report" in options:
         report = Path(options["report"])
         if report.suffix != ".md" or not report.parent.is_dir():
