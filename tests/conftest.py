@@ -1,6 +1,11 @@
-"""Shared by all tests: the `--slow` switch."""
+"""Shared by all tests: one thread, and the `--slow` switch."""
+
+import os
 
 import pytest
+
+# Small tensors gain nothing from more, and on a busy machine threads that wait for each other cost twenty times the work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import venv
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def test_links_in_documents_lead_somewhere(document: str) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)|<img src=\"([^\"]+)\"", path.read_text())
     for target in (first or second for first, second in targets):
         assert target.startswith("http") or (path.parent / target).exists(), f"{document}: {target}"
+
+
+def test_the_wheel_knows_every_package() -> None:
+    listed = set(tomllib.loads(Path("pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {".".join(path.parent.parts) for path in Path("xception_pl").rglob("__init__.py")}
+    assert listed == found | {"xception_pl.recipes"}
 
 
 @pytest.mark.parametrize("arguments", [("help",), ("-n", "quickstart"), ("-n", "test")])

@@ -10,6 +10,7 @@ import torch
 from tests.data.tracing import SaveAt, Tracer, table, trainer
 from xception_pl.data.config import DataConfig
 from xception_pl.data.datamodule import ImageNetDataModule
+from xception_pl.data.errors import DataError
 
 CONFIG = {"image_size": 8, "train_crop": "resize", "eval_crop": "resize", "flip": False}
 
@@ -107,3 +108,23 @@ def test_resuming_twice_equals_not_stopping(
         trace += part.seen
         ckpt = path
     assert trace == whole.seen
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_resume_with_another_accumulation_goes_on_inside_the_epoch(tmp_path: Path, before: int, after: int) -> None:
+    """What moving to another number of devices does to the micro-batches."""
+    whole = [sorted(ids) for ids in run(tmp_path, module(), max_epochs=2).seen]
+    first = module(accumulate=before)
+    parts = run(tmp_path, first, max_epochs=2, callbacks=[SaveAt(4, tmp_path / "4.ckpt")]).seen
+    rest = run(tmp_path, module(accumulate=after), max_epochs=2, ckpt_path=tmp_path / "4.ckpt").seen
+
+    def steps(seen: list[list[int]], accumulate: int) -> list[list[int]]:
+        return [sorted(itertools.chain(*seen[i : i + accumulate])) for i in range(0, len(seen), accumulate)]
+
+    assert steps(parts, before) + steps(rest, after) == whole
+
+
+def test_a_resume_with_another_order_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, module(), max_epochs=2, callbacks=[SaveAt(4, tmp_path / "4.ckpt")])
+    with pytest.raises(DataError, match="global_batch 10, now 20"):
+        run(tmp_path, module(global_batch=20), max_epochs=2, ckpt_path=tmp_path / "4.ckpt")

@@ -1,5 +1,6 @@
 """Sources and rows: what is read is what was written, from every kind of source, and mistakes are one sentence."""
 
+import functools
 import io
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from PIL import Image
 from tests.data.tracing import CLASSES, features, png, table
 from xception_pl.data.errors import DataError
 from xception_pl.data.source import ParquetSplit, open_split, table_split
-from xception_pl.data.stream import ParquetReader, check_labels, open_reader
+from xception_pl.data.stream import ParquetReader, check_labels, open_reader, read_group
 
 
 def write_parquet(folder: Path, name: str, rows: range, group: int = 7, **options: object) -> None:
@@ -61,9 +62,9 @@ def test_only_the_wanted_columns_are_read(tmp_path: Path, monkeypatch: pytest.Mo
     read: list[int] = []
     whole = stream.read_range
 
-    def counted(path: str, start: int, stop: int) -> bytes:
+    def counted(path: str, start: int, stop: int, retry_seconds: float) -> bytes:
         read.append(stop - start)
-        return whole(path, start, stop)
+        return whole(path, start, stop, retry_seconds)
 
     monkeypatch.setattr(stream, "read_range", counted)
     open_reader(split).rows(list(range(40)))
@@ -75,7 +76,7 @@ def test_memory_is_bounded_by_bytes_and_rows_still_come(tmp_path: Path) -> None:
     write_parquet(tmp_path / "set", "train.parquet", range(70))
     split = open_split(str(tmp_path / "set"), "train")
     assert isinstance(split, ParquetSplit)
-    reader = ParquetReader(split, memory_bytes=2000)
+    reader = ParquetReader(split, functools.partial(read_group, split), memory_bytes=2000)
     for i in np.random.default_rng(0).permutation(70).tolist():
         assert reader.rows([i])[0].data == png(i)
         assert sum(group.nbytes for group in reader._held.values()) <= 2000

@@ -1,7 +1,8 @@
 """Batches by position: the datasets that loader workers run. One item is one whole batch of one rank."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -9,12 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from xception_pl.data.cache import GroupCache
 from xception_pl.data.config import DataConfig
-from xception_pl.data.decode import eval_image, train_image
+from xception_pl.data.decode import DecodeError, Pixels, eval_image, train_image
 from xception_pl.data.errors import DataError
+from xception_pl.data.fetch import new_faults
 from xception_pl.data.plan import EpochPlan, EvalPlan, image_seeds, per_device_batch
 from xception_pl.data.source import Split
 from xception_pl.data.stream import Row, RowReader, check_labels, open_reader
+
+_REPLACEMENTS = 100  # rows tried in the place of a corrupt one
 
 Batch = dict[str, Tensor]
 Position = tuple[int, int]
@@ -39,16 +44,34 @@ class Format:
         return hot
 
 
-class _Batches(Dataset[Batch | DataError]):
+@dataclass(frozen=True, slots=True)
+class Corrupt:
+    """An image that cannot be decoded."""
+
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What a worker hands over."""
+
+    batch: Batch
+    corrupt: list[Corrupt]
+    faults: dict[str, int]
+    """Reads that failed and were tried again since the item before."""
+
+
+class _Batches(Dataset[Item | DataError]):
     """What training and evaluation share: a reader, opened in the process that uses it."""
 
-    def __init__(self, split: Split, config: DataConfig, form: Format) -> None:
-        self.split, self.config, self.form = split, config, form
+    def __init__(self, split: Split, config: DataConfig, form: Format, cache: GroupCache | None) -> None:
+        self.split, self.config, self.form, self.cache = split, config, form, cache
         self._reader: RowReader | None = None
 
     def _rows(self, ids: npt.NDArray[np.int64]) -> list[Row]:
         if self._reader is None:
-            self._reader = open_reader(self.split)
+            self._reader = open_reader(self.split, self.config.retry_seconds, self.cache)
         rows = self._reader.rows(ids.tolist())
         check_labels(rows, ids, self.form.classes, self.split.where)
         return rows
@@ -60,8 +83,9 @@ class _Batches(Dataset[Batch | DataError]):
 class TrainBatches(_Batches):
     """Training micro-batches of one rank, by (epoch, micro-batch).
 
-    An item is {"image": uint8 (B, C, S, S), "label", "id": int64 (B,) row ids, "seed": int64 (B,)}, or the
-    DataError that kept it from being made: raised in a worker it would reach the user as a traceback.
+    An item's batch is {"image": uint8 (B, C, S, S), "label", "id": int64 (B,) row ids, "seed": int64 (B,)}, or the
+    DataError that kept it from being made: raised in a worker it would reach the user as a traceback. A corrupt image
+    is replaced, label and all, by the next row that can be decoded; its id stays.
     """
 
     def __init__(
@@ -69,13 +93,14 @@ class TrainBatches(_Batches):
         split: Split,
         config: DataConfig,
         form: Format,
+        cache: GroupCache | None = None,
         *,
         seed: int,
         rank: int,
         world: int,
         accumulate: int,
     ) -> None:
-        super().__init__(split, config, form)
+        super().__init__(split, config, form, cache)
         self.seed, self.rank, self.world, self.accumulate = seed, rank, world, accumulate
         per_device_batch(config.global_batch, world, accumulate)
         self._plan = self._plan_of(0)
@@ -92,23 +117,39 @@ class TrainBatches(_Batches):
         step, part = divmod(index, self.accumulate)
         return self._plan.micro_batch(step, self.rank, self.world, part, self.accumulate)
 
-    def __getitem__(self, position: Position) -> Batch | DataError:
+    def __getitem__(self, position: Position) -> Item | DataError:
         ids = self.ids(position)
         try:
             rows = self._rows(ids)
+            seeds = image_seeds(self.seed, position[0], ids)
+            images, corrupt = [], []
+            for i, (row, at, seed) in enumerate(zip(rows, ids.tolist(), seeds.tolist(), strict=True)):
+                decode = partial(_train_image, config=self.config, seed=seed, channels=self.form.channels)
+                image = _decoded(decode, row)
+                if isinstance(image, str):
+                    corrupt.append(Corrupt(at, image))
+                    rows[i], image = self._next_whole(at, decode)
+                images.append(image)
         except DataError as error:
             return error
-        seeds = image_seeds(self.seed, position[0], ids)
-        images = [
-            train_image(row.data, self.config, np.random.default_rng(seed), self.form.channels)
-            for row, seed in zip(rows, seeds, strict=True)
-        ]
-        return {
+        batch = {
             "image": _stack(images),
             "label": self.form.labels(rows),
             "id": torch.from_numpy(ids),
             "seed": torch.from_numpy(seeds),
         }
+        return Item(batch, corrupt, new_faults())
+
+    def _next_whole(self, at: int, decode: Callable[[bytes], Pixels]) -> tuple[Row, Pixels]:
+        """The replacement of a corrupt image: the next row of the source that can be decoded."""
+        for other in range(at + 1, at + 1 + _REPLACEMENTS):
+            row = self._rows(np.array([other % self.split.images]))[0]
+            image = _decoded(decode, row)
+            if not isinstance(image, str):
+                return row, image
+        raise DataError(
+            f"Row {at} of {self.split.where} and the {_REPLACEMENTS} after it cannot be decoded: repair the source."
+        )
 
     def _plan_of(self, epoch: int) -> EpochPlan:
         return EpochPlan(
@@ -123,34 +164,69 @@ class TrainBatches(_Batches):
 class EvalBatches(_Batches):
     """Evaluation batches of one rank, by step; every rank has as many.
 
-    An item is as in training, and "valid": bool (B,): False on rows repeated to fill the batch, not to be counted.
+    A batch is as in training, and "valid": bool (B,): False on rows repeated to fill the batch, not to be counted.
     """
 
-    def __init__(self, split: Split, config: DataConfig, form: Format, *, seed: int, rank: int, world: int) -> None:
-        super().__init__(split, config, form)
+    def __init__(
+        self,
+        split: Split,
+        config: DataConfig,
+        form: Format,
+        cache: GroupCache | None = None,
+        *,
+        seed: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        super().__init__(split, config, form, cache)
         self.seed = seed
         self._plan = EvalPlan(split.images, batch=config.eval_batch, rank=rank, world=world)
 
     def __len__(self) -> int:
         return self._plan.steps
 
-    def __getitem__(self, position: Position) -> Batch | DataError:
+    def __getitem__(self, position: Position) -> Item | DataError:
         ids, valid = self._plan.batch(position[1])
         distinct, where = np.unique(ids, return_inverse=True)
         try:
             rows = self._rows(distinct)
         except DataError as error:
             return error
-        images = [eval_image(row.data, self.config, self.form.channels) for row in rows]
-        return {
+        images, corrupt = [], []
+        for row, at in zip(rows, distinct.tolist(), strict=True):
+            image = _decoded(partial(eval_image, config=self.config, channels=self.form.channels), row)
+            if isinstance(image, str):
+                corrupt.append(Corrupt(at, image))
+                if self.config.val_corrupt == "fail":
+                    return DataError(
+                        f"Row {at} of {self.split.where} cannot be decoded ({image}): repair it, or leave such images "
+                        "out of the metrics with data.val_corrupt: skip."
+                    )
+                valid = valid & (ids != at)
+                image = np.zeros((self.config.image_size, self.config.image_size, self.form.channels), np.uint8)
+            images.append(image)
+        batch = {
             "image": _stack([images[i] for i in where]),
             "label": self.form.labels([rows[i] for i in where]),
             "id": torch.from_numpy(ids),
             "seed": torch.from_numpy(image_seeds(self.seed, 0, ids)),
             "valid": torch.from_numpy(valid),
         }
+        return Item(batch, corrupt, new_faults())
 
 
-def _stack(images: list[npt.NDArray[np.uint8]]) -> Tensor:
+def _decoded(decode: Callable[[bytes], Pixels], row: Row) -> Pixels | str:
+    """The decoded image, or why there is none."""
+    try:
+        return decode(row.data)
+    except DecodeError as error:
+        return str(error)
+
+
+def _train_image(data: bytes, *, config: DataConfig, seed: int, channels: int) -> Pixels:
+    return train_image(data, config, np.random.default_rng(seed), channels)
+
+
+def _stack(images: list[Pixels]) -> Tensor:
     """(B, C, S, S) from (S, S, C) images, channels_last in memory: no copy beyond the stacking."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

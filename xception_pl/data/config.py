@@ -36,8 +36,18 @@ class DataConfig:
     """Images an optimiser step, over all devices and accumulated batches."""
     eval_batch: int = 64
     """Images a device and step in evaluation."""
-    shuffle_window: int = 16384
-    """Images among which the order is random; larger is closer to a perfect shuffle and holds more in memory."""
+    shuffle_window: int = 65536
+    """Images among which the order is random; larger is closer to a perfect shuffle and keeps more in the cache."""
+    cache_dir: str | None = None
+    """Folder for row groups of remote or large Parquet, shared by a node's processes; null is ~/.cache/xception_pl."""
+    cache_gb: float = 32.0
+    """Most gigabytes (10⁹ bytes) in the cache folder; with room for the data, later epochs do not touch the network."""
+    retry_seconds: float = 300.0
+    """Seconds for which a failing read is tried again before the run stops; stay below the process group's timeout."""
+    max_corrupt: float = 0.001
+    """Largest share of training images that may be undecodable: each is replaced and listed; more end the run."""
+    val_corrupt: Literal["fail", "skip"] = "fail"
+    """An undecodable held-out image ends the run (`fail`) or is left out of the metrics (`skip`)."""
     workers: int = 2
     """Loader processes per device; 0 loads in the training process."""
     prefetch: int = 4
@@ -96,11 +106,14 @@ def check(config: DataConfig) -> list[str]:
     ):
         value = getattr(config, key)
         need(value is None or value >= least, f"data.{key} {value} is below {least}.")
+    need(config.cache_gb > 0, f"data.cache_gb {config.cache_gb} is not above 0.")
+    need(config.retry_seconds >= 0, f"data.retry_seconds {config.retry_seconds} is negative.")
     for key in ("mixup", "cutmix"):
         need(getattr(config, key) >= 0, f"data.{key} {getattr(config, key)} is negative: 0 switches it off.")
     for key, low, high in (
         ("crop_area_min", 0.0, 1.0),
         ("random_erasing", 0.0, 1.0),
+        ("max_corrupt", 0.0, 1.0),
         ("randaugment_magnitude", 0.0, 10.0),
     ):
         value = getattr(config, key)
@@ -135,3 +148,18 @@ def local_path(source: str) -> Path | None:
             f"data.source {source} does not exist: give a folder, a Parquet file, a hub dataset id or `sample`."
         )
     return None
+
+
+def idle_augment(config: DataConfig) -> list[str]:
+    """Options of `config` that were changed but have no effect, a sentence each: to be shown as warnings."""
+    default = DataConfig()
+    idle = []
+    if config.train_crop == "resize" and config.crop_area_min != default.crop_area_min:
+        idle.append(
+            f"data.crop_area_min {config.crop_area_min} has no effect: data.train_crop resize takes the whole image"
+        )
+    if config.randaugment == 0 and config.randaugment_magnitude != default.randaugment_magnitude:
+        idle.append(
+            f"data.randaugment_magnitude {config.randaugment_magnitude} has no effect while data.randaugment is 0"
+        )
+    return idle

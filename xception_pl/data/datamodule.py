@@ -1,19 +1,30 @@
 """`ImageNetDataModule`: any image classification source of `datasets`, planned exactly, streamed, cropped, batched."""
 
+import logging
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 
+from xception_pl.data.agree import tell_others, told_by_others
+from xception_pl.data.ahead import FillAhead, NodeNeeds
 from xception_pl.data.augment import DeviceAugment
 from xception_pl.data.batches import Batch, EvalBatches, Format, Position, TrainBatches
+from xception_pl.data.cache import GroupCache, cache_folder
 from xception_pl.data.config import DataConfig
+from xception_pl.data.corrupt import CorruptImages
 from xception_pl.data.errors import DataError
 from xception_pl.data.loader import PlannedLoader
 from xception_pl.data.plan import per_device_batch
-from xception_pl.data.source import Split, open_split, table_split
+from xception_pl.data.source import ParquetSplit, Split, open_split, table_split
+from xception_pl.data.stream import open_cache
 
 if TYPE_CHECKING:
     import datasets
+
+_log = logging.getLogger(__name__)
 
 
 class ImageNetDataModule(pl.LightningDataModule):
@@ -61,6 +72,9 @@ class ImageNetDataModule(pl.LightningDataModule):
         self._given = {"train": train, "val": val}
         self._splits: dict[str, Split] = {}
         self._augment: DeviceAugment | None = None
+        self._ahead: FillAhead | None = None
+        self.faults: Counter[str] = Counter()
+        """Reads of this rank that failed and were tried again, by kind."""
 
     # What the source holds
 
@@ -137,10 +151,12 @@ class ImageNetDataModule(pl.LightningDataModule):
                 f"{trainer.accumulate_grad_batches}: give both the same number."
             )
         split, config = self._split("train"), self.config
+        cache = self._cache("train")
         batches = TrainBatches(
             split,
             config,
             self._format(),
+            cache,
             seed=self.seed,
             rank=self._rank,
             world=self._world,
@@ -151,7 +167,6 @@ class ImageNetDataModule(pl.LightningDataModule):
             "images": split.images,
             "global_batch": config.global_batch,
             "shuffle_window": config.shuffle_window,
-            "accumulate": self.accumulate,
         }
         return PlannedLoader(
             batches,
@@ -159,15 +174,34 @@ class ImageNetDataModule(pl.LightningDataModule):
             workers=config.workers,
             prefetch=config.prefetch,
             order=order,
+            accumulate=self.accumulate,
+            on_resume=self._count_in_own_batches,
             endless=True,
+            on_faults=self.faults.update,
+            on_batch=self._fill_ahead(split, cache) if cache is not None and self._local_rank == 0 else None,
+            on_corrupt=CorruptImages(
+                split, self._corrupt_file, config.max_corrupt * split.images / self._world, "data.max_corrupt"
+            ),
         )
 
     def val_dataloader(self) -> PlannedLoader:
+        split = self._split("val")
         batches = EvalBatches(
-            self._split("val"), self.config, self._format(), seed=self.seed, rank=self._rank, world=self._world
+            split,
+            self.config,
+            self._format(),
+            self._cache("val"),
+            seed=self.seed,
+            rank=self._rank,
+            world=self._world,
         )
         return PlannedLoader(
-            batches, position=lambda: (0, 0), workers=self.config.workers, prefetch=self.config.prefetch
+            batches,
+            position=lambda: (0, 0),
+            workers=self.config.workers,
+            prefetch=self.config.prefetch,
+            on_faults=self.faults.update,
+            on_corrupt=CorruptImages(split, self._corrupt_file, split.images, "data.val_corrupt"),
         )
 
     def test_dataloader(self) -> PlannedLoader:
@@ -193,6 +227,78 @@ class ImageNetDataModule(pl.LightningDataModule):
     @property
     def _world(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
+
+    def _count_in_own_batches(self, accumulate: int) -> None:
+        """Translate the trainer's progress, counted in micro-batches, from `accumulate` a step to this run's number.
+
+        Lets a run that moves to fewer devices and accumulates more go on inside the epoch.
+        """
+        if accumulate == self.accumulate or self.trainer is None:
+            return
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress
+        progress: Any  # as in `_train_position`
+        for progress in (batches.total, batches.current):
+            behind = progress.ready - progress.completed  # 1 in a checkpoint saved at a batch's end
+            if progress is batches.current and progress.ready % accumulate:
+                raise DataError(
+                    f"The checkpoint lies between two of {accumulate} accumulated batches: resume with the same "
+                    "accumulation, or from a checkpoint saved at the end of a step."
+                )
+            progress.ready = progress.started = progress.processed = progress.ready // accumulate * self.accumulate
+            progress.completed = progress.ready - behind
+
+    @property
+    def _corrupt_file(self) -> Path | None:
+        return Path(self.trainer.default_root_dir) / "corrupt.csv" if self.trainer is not None else None
+
+    @property
+    def _local_rank(self) -> int:
+        return self.trainer.local_rank if self.trainer is not None else 0
+
+    def _cache(self, name: str) -> GroupCache | None:
+        config = self.config
+        return open_cache(self._split(name), config.cache_dir, config.cache_gb, config.retry_seconds)
+
+    def _fill_ahead(self, split: Split, cache: GroupCache) -> Callable[[Position], None]:
+        """Have a process fetch what this node's ranks need next; returns what tells it where the training is."""
+        ranks = self.trainer.num_devices if self.trainer is not None else 1
+        needs = NodeNeeds(
+            split.rows,
+            seed=self.seed,
+            global_batch=self.config.global_batch,
+            window=self.config.shuffle_window,
+            rank=self._rank,
+            ranks=ranks,
+            world=self._world,
+        )
+        assert isinstance(split, ParquetSplit)
+        step_bytes = split.bytes / split.images * self.config.global_batch * ranks / self._world
+        # a third of the room for what comes, the rest for what is in use and what is used again
+        steps = max(1, int(cache.limit_bytes / 3 / step_bytes))
+
+        def told(position: Position) -> None:
+            if self._ahead is None:
+                self._ahead = FillAhead(cache, needs, self.steps_per_epoch, steps)
+            self._ahead.training_at(position[0], position[1] // self.accumulate)
+
+        return told
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Let all ranks end with the sentence of the one whose data failed, not with their broken connections to it."""
+        if isinstance(exception, DataError):
+            tell_others(exception)
+        elif isinstance(exception, RuntimeError) and (told := told_by_others()) is not None:
+            raise told from exception
+
+    def teardown(self, stage: str | None = None) -> None:
+        """End the process that fills the cache; tell the reads that had to be tried again."""
+        if self._ahead is not None:
+            self.faults.update(self._ahead.faults())
+            self._ahead.close()
+            self._ahead = None
+        if self.faults:
+            kinds = ", ".join(f"{kind}: {count}" for kind, count in self.faults.most_common())
+            _log.warning("%d reads failed and were tried again (%s).", self.faults.total(), kinds)
 
     def _train_position(self) -> Position:
         """The batch that the trainer is at; the start of epoch 0 without a trainer."""
@@ -223,6 +329,7 @@ class ImageNetDataModule(pl.LightningDataModule):
                 revision=config.revision,
                 image_column=config.image_column,
                 label_column=config.label_column,
+                keep=cache_folder(config.cache_dir) / "footers",
             )
         self._check(split, f"data.{name}_images", config.train_images if name == "train" else config.val_images)
         return split

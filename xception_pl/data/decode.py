@@ -8,6 +8,12 @@ saturate it to white.
 Resizing has half-pixel centres and is antialiased (Pillow's filters). TensorFlow 1's `resize_bilinear`, under which the
 paper's networks were probably trained, had neither; what we do is what timm evaluates the released weights with.
 Training boxes are cut out first and then resized, as TensorFlow does it: no pixel from outside of the box is seen.
+
+Ordinary JPEGs (8 bits, grey or three components, whole) take the fast way, `native`, where it can be compiled. All
+other files, and JPEGs at which libjpeg stumbles, go to Pillow, whose judgement counts. The crop does not depend on the
+way: native is Pillow's result to within one grey level for bilinear and six for bicubic resizing (Pillow's order of
+passes differs for boxes that shrink in one direction only), except in training crops at least twice the network's input
+in both directions, where it decodes with a smaller DCT.
 """
 
 import io
@@ -16,13 +22,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from xception_pl.data.config import DataConfig
 from xception_pl.data.crops import Box, central_box, inception_box, timm_box, timm_eval_box, whole_box
+from xception_pl.data.native import crop_jpeg
 
 Pixels = NDArray[np.uint8]
-_BILINEAR, _BICUBIC, _NEAREST = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.NEAREST
+MAX_PIXELS = 89_478_485
+"""More is taken for a decompression bomb: Pillow's own bound."""
 
 
 class DecodeError(ValueError):
@@ -37,21 +45,15 @@ def train_image(data: bytes, config: DataConfig, rng: np.random.Generator, chann
     Raises:
         DecodeError: the bytes cannot be read.
     """
-    image = _open(data, channels)
-    height, width = image.height, image.width
+    image = _Source(data, channels)
     if config.train_crop == "inception":
-        box = inception_box(rng, height, width, config.crop_area_min)
+        box = inception_box(rng, image.height, image.width, config.crop_area_min)
     elif config.train_crop == "timm":
-        box = timm_box(rng, height, width, config.crop_area_min)
+        box = timm_box(rng, image.height, image.width, config.crop_area_min)
     else:
-        box = whole_box(height, width)
-    flip = config.flip and rng.random() < 0.5
-    top, left = int(box.top), int(box.left)
-    cut = image.crop((left, top, left + int(box.width), top + int(box.height)))
-    pixels = _resize(
-        cut, whole_box(cut.height, cut.width), config.image_size, _BICUBIC if config.train_crop == "timm" else _BILINEAR
-    )
-    return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
+        box = whole_box(image.height, image.width)
+    flip = config.flip and bool(rng.random() < 0.5)
+    return image.crop(box, config.image_size, config.train_crop == "timm", flip=flip, scaled=True)
 
 
 def eval_image(data: bytes, config: DataConfig, channels: int = 3) -> Pixels:
@@ -59,42 +61,106 @@ def eval_image(data: bytes, config: DataConfig, channels: int = 3) -> Pixels:
 
     - `tf-slim`: central 87.5 % of each dimension, bilinear, aspect ignored.
     - `keras`: the whole image, nearest neighbour, aspect ignored: `keras.utils.load_img(path, target_size=(S, S))` with
-      its default, as in Keras' documentation of its applications.
+      its default, as in Keras' documentation of its applications. Keras does not publish the crop of its own table.
     - `timm`: shorter side to S / 0.8975, bicubic, central square.
     - `resize`: the whole image, bilinear, aspect ignored.
 
     Raises:
         DecodeError: the bytes cannot be read.
     """
-    image = _open(data, channels)
-    size, whole = config.image_size, whole_box(image.height, image.width)
+    image, size = _Source(data, channels), config.image_size
     if config.eval_crop == "tf-slim":
-        box = central_box(image.height, image.width)
-        cut = image.crop((int(box.left), int(box.top), int(box.left + box.width), int(box.top + box.height)))
-        return _resize(cut, whole_box(cut.height, cut.width), size, _BILINEAR)
+        return image.crop(central_box(image.height, image.width), size, bicubic=False)
     if config.eval_crop == "timm":
-        return _resize(image, timm_eval_box(image.height, image.width, size), size, _BICUBIC)
-    return _resize(image, whole, size, _NEAREST if config.eval_crop == "keras" else _BILINEAR)
+        return image.crop(timm_eval_box(image.height, image.width, size), size, bicubic=True, context=True)
+    if config.eval_crop == "keras":
+        return _pixels(image.pillow().resize((size, size), Image.Resampling.NEAREST))
+    return image.crop(whole_box(image.height, image.width), size, bicubic=False)
 
 
-def _resize(image: Image.Image, box: Box, size: int, resample: Image.Resampling) -> Pixels:
-    corners = (box.left, box.top, min(box.left + box.width, image.width), min(box.top + box.height, image.height))
-    pixels = np.array(image.resize((size, size), resample, box=corners))
-    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+class _Source:
+    """An image whose size is known and whose pixels are decoded when it is known which are needed."""
+
+    def __init__(self, data: bytes, channels: int) -> None:
+        if channels not in (1, 3):
+            raise ValueError(f"images have 1 or 3 channels, not {channels}: set model.in_chans to 1 or 3")
+        self.data, self.channels = data, channels
+        size = plain_jpeg_size(data) if channels == 3 else None
+        self._decoded = None if size else _open(data, channels)
+        self.height, self.width = size or (self.pillow().height, self.pillow().width)
+        if self.height * self.width > MAX_PIXELS:
+            raise DecodeError(f"an image of {self.width} × {self.height} pixels is too large to be decoded")
+
+    def pillow(self) -> Image.Image:
+        if self._decoded is None:
+            self._decoded = _open(self.data, self.channels)
+        return self._decoded
+
+    def crop(
+        self, box: Box, size: int, bicubic: bool, flip: bool = False, context: bool = False, scaled: bool = False
+    ) -> Pixels:
+        """`box` resized to (size, size, channels); the arguments are those of `native.crop_jpeg`."""
+        if self._decoded is None:
+            pixels = crop_jpeg(self.data, box, size, bicubic, flip, context, scaled)
+            if pixels is not None:
+                return pixels
+        image = self.pillow()
+        left, top, right, bottom = box.left, box.top, box.left + box.width, box.top + box.height
+        if not context:
+            image = image.crop((int(left), int(top), int(right), int(bottom)))
+            left, top, right, bottom = 0, 0, image.width, image.height
+        edges = (left, top, min(right, image.width), min(bottom, image.height))
+        filter_ = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+        resized = _pixels(image.resize((size, size), filter_, box=edges))
+        return np.ascontiguousarray(resized[:, ::-1]) if flip else resized
+
+
+def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width of an ordinary JPEG from its header; None for all else.
+
+    Ordinary: 8 bits, Huffman-coded, grey or three components, and with its end marker, so not truncated.
+    """
+    if data[:3] != b"\xff\xd8\xff" or data.rfind(b"\xff\xd9", -64) < 0:
+        return None
+    place = 2
+    while place + 10 < len(data) and data[place] == 0xFF:
+        kind = data[place + 1]
+        if 0xC0 <= kind <= 0xC2:
+            precision, components = data[place + 4], data[place + 9]
+            height, width = (int.from_bytes(data[place + i : place + i + 2], "big") for i in (5, 7))
+            return (height, width) if precision == 8 and components in (1, 3) and height and width else None
+        if kind == 0xDA:
+            return None
+        place += 1 if kind == 0xFF else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return None
 
 
 def _open(data: bytes, channels: int) -> Image.Image:
     """The image as Pillow's RGB, or L for one channel."""
-    if channels not in (1, 3):
-        raise ValueError(f"images have 1 or 3 channels, not {channels}: set model.in_chans to 1 or 3")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image: Any = Image.open(io.BytesIO(data))
+            image: Any = Image.open(io.BytesIO(_without_profile(data)))
             if image.mode.startswith("I"):  # 16-bit grayscale: `convert` would clip at 255
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
             converted: Image.Image = image.convert("RGB" if channels == 3 else "L")
+    except UnidentifiedImageError as error:
+        raise DecodeError(f"{len(data)} bytes cannot be read: they are no image of a known format") from error
     except Exception as error:  # Pillow raises many kinds on damaged files: OSError, SyntaxError, struct.error, …
-        raise DecodeError(f"an image of {len(data)} bytes cannot be read: {error or type(error).__name__}") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DecodeError(f"an image of {len(data)} bytes cannot be read: {reason}") from error
     return converted
+
+
+def _without_profile(data: bytes) -> bytes:
+    """A PNG without its colour profile: Pillow refuses large ones (ImageNet has one), and we do not use them."""
+    place = data.find(b"iCCP", 0, 1024) - 4
+    if data[:4] != b"\x89PNG" or place < 0:
+        return data
+    return data[:place] + data[place + 12 + int.from_bytes(data[place : place + 4], "big") :]
+
+
+def _pixels(image: Image.Image) -> Pixels:
+    pixels = np.array(image)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]

@@ -1,13 +1,19 @@
 """The loader that Lightning iterates: finite, without state of its own, always where the trainer is."""
 
+import atexit
+import functools
 import itertools
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.synchronize import Event
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from xception_pl.data.batches import Batch, EvalBatches, Position, TrainBatches
+from xception_pl.data.batches import Batch, Corrupt, EvalBatches, Item, Position, TrainBatches
 from xception_pl.data.errors import DataError
 
 
@@ -27,7 +33,12 @@ class PlannedLoader:
         workers: processes; 0 loads in this one.
         prefetch: batches a worker holds ready.
         order: numbers that the order is a function of, by name.
+        accumulate: micro-batches an optimiser step, kept beside them: a resume may change it.
+        on_resume: told the checkpoint's `accumulate`.
         endless: whether workers go on into the next epoch.
+        on_faults: told the reads that failed and were tried again, by kind.
+        on_batch: told the position of each batch taken.
+        on_corrupt: told of images that could not be decoded; may raise.
     """
 
     def __init__(
@@ -38,11 +49,18 @@ class PlannedLoader:
         workers: int,
         prefetch: int,
         order: Mapping[str, int] | None = None,
+        accumulate: int = 1,
+        on_resume: Callable[[int], None] | None = None,
         endless: bool = False,
+        on_faults: Callable[[Mapping[str, int]], None] | None = None,
+        on_batch: Callable[[Position], None] | None = None,
+        on_corrupt: Callable[[list[Corrupt]], None] | None = None,
     ) -> None:
         self.batches = batches
         self._position = position
         self._order = dict(order or {})
+        self._accumulate, self._on_resume = accumulate, on_resume
+        self._on_faults, self._on_batch, self._on_corrupt = on_faults, on_batch, on_corrupt
         self._sampler = _From(len(batches), endless)
         self._loader: DataLoader[Any] = DataLoader(
             batches,
@@ -53,6 +71,7 @@ class PlannedLoader:
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=functools.partial(_leave_signals_to_the_trainer, _closing()) if workers else None,
         )
         self._iterator: Iterator[Any] | None = None  # under this name Lightning finds and stops the workers
         self._next: Position | None = None
@@ -68,18 +87,36 @@ class PlannedLoader:
             yield batch
 
     def _take(self, position: Position) -> Batch:
+        if self._on_batch is not None:
+            self._on_batch(position)
         if self._iterator is None or self._next != position:
             self._sampler.start = position
             self._iterator = iter(self._loader)
+            if self._loader.num_workers and threading.current_thread() is threading.main_thread():
+                # torch's handler raises for a dead worker wherever the trainer is, in the middle of a save too; without
+                # it the next batch raises, within five seconds.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         epoch, index = position
         self._next = (epoch, index + 1) if index + 1 < len(self) else (epoch + 1, 0)
-        batch = next(self._iterator)
-        if isinstance(batch, DataError):
-            raise batch
-        return batch  # type: ignore[no-any-return]
+        try:
+            item: Item | DataError = next(self._iterator)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                "A loader worker was killed, by the system if memory ran out: lower data.workers, data.prefetch or "
+                "data.shuffle_window."
+            ) from error
+        if isinstance(item, DataError):
+            raise item
+        if item.faults and self._on_faults is not None:
+            self._on_faults(item.faults)
+        if item.corrupt and self._on_corrupt is not None:
+            self._on_corrupt(item.corrupt)
+        return item.batch
 
     def state_dict(self) -> dict[str, int]:
-        return dict(self._order)
+        return {**self._order, "accumulate": self._accumulate}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Check that an epoch begun elsewhere can go on here.
@@ -93,6 +130,25 @@ class PlannedLoader:
                 f"The checkpoint is inside an epoch whose order was made with {'; '.join(differ)}: "
                 "resume with the same values, or from the end of an epoch."
             )
+        if self._on_resume is not None:
+            self._on_resume(state.get("accumulate", self._accumulate))
+
+
+@functools.cache
+def _closing() -> Event:
+    """An event that is set when this process ends, before its children are told to."""
+    event = torch.multiprocessing.get_context().Event()
+    atexit.register(event.set)  # multiprocessing registered its own, which ends the workers, earlier: it runs later
+    return event
+
+
+def _leave_signals_to_the_trainer(closing: Event, worker: int) -> None:
+    """A worker's signals: Ctrl-C and a scheduler's SIGTERM go to every process, and the trainer needs workers to save.
+
+    A worker ends when it is told so, when its parent is gone (torch looks), or on SIGTERM once the parent is closing.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else None)
 
 
 class _From(Sampler[Position]):

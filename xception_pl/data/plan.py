@@ -42,7 +42,7 @@ class EpochPlan:
     """
 
     def __init__(
-        self, rows: Sequence[int] | Ids, *, seed: int, epoch: int, global_batch: int, window: int = 16384
+        self, rows: Sequence[int] | Ids, *, seed: int, epoch: int, global_batch: int, window: int = 65536
     ) -> None:
         self.rows = np.asarray(rows, dtype=np.int64)
         self.images = int(self.rows.sum())
@@ -88,22 +88,29 @@ class EpochPlan:
         by_lane = [self._span(lane, 0, self.lane_images) for lane in range(self.lanes)]
         return np.stack(by_lane).reshape(self.lanes, self.steps, -1).swapaxes(0, 1).reshape(self.steps, -1)
 
-    def groups_needed(self, start_step: int, rank: int, world: int) -> Ids:
-        """Row groups that `rank` reads from `start_step` to the end, in the order of first need; for a reader ahead."""
+    def groups_needed(self, start_step: int, rank: int, world: int, ranks: int = 1) -> tuple[Ids, Ids]:
+        """Row groups that ranks [rank, rank + ranks) of `world` read from `start_step` on, for a reader ahead of them.
+
+        Returns the groups in the order of first need, and the step before which each must be there.
+        """
         size = self.global_batch // world
-        first, last = rank * size // self.lane_batch, ((rank + 1) * size - 1) // self.lane_batch
-        needs: list[tuple[int, int]] = []  # position within the lane's sequence, row group
+        first, last = rank * size // self.lane_batch, ((rank + ranks) * size - 1) // self.lane_batch
+        needs: list[tuple[int, int]] = []
         for lane in range(first, last + 1):
             offset = lane * self.lane_images
             begin, _ = self._block_bounds(lane, self._block_of(lane, start_step * self.lane_batch))
             lo = int(np.searchsorted(self._group_end, offset + begin, side="right"))
             hi = int(np.searchsorted(self._group_end, offset + self.lane_images - 1, side="right"))
-            for g in range(lo, hi + 1):
-                starts = max(begin, int(self._group_end[g] - self.rows[self._group_order[g]]) - offset)
+            for at in range(lo, hi + 1):
+                group = int(self._group_order[at])
+                starts = max(begin, int(self._group_end[at] - self.rows[group]) - offset)
                 # a block is drawn from as a whole: its groups are needed from its first batch on
-                needs.append((self._block_bounds(lane, self._block_of(lane, starts))[0], int(self._group_order[g])))
-        needs.sort(key=lambda need: need[0])
-        return np.fromiter(OrderedDict.fromkeys(group for _, group in needs), dtype=np.int64)
+                block_begin, _ = self._block_bounds(lane, self._block_of(lane, starts))
+                needs.append((block_begin // self.lane_batch, group))
+        steps: dict[int, int] = {}
+        for step, group in sorted(needs):
+            steps.setdefault(group, step)
+        return np.fromiter(steps, np.int64), np.fromiter(steps.values(), np.int64)
 
     def _lane_batch(self, lane: int, step: int) -> Ids:
         return self._span(lane, step * self.lane_batch, (step + 1) * self.lane_batch)

@@ -6,6 +6,7 @@ mapped from Arrow files (an image folder is one too: its rows hold paths), where
 """
 
 import difflib
+import functools
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 
 from xception_pl.data.config import local_path
 from xception_pl.data.errors import DataError
+from xception_pl.data.fetch import refusal
 
 if TYPE_CHECKING:
     import datasets
@@ -62,6 +64,15 @@ class ParquetSplit(Split):
     footers: tuple[pq.FileMetaData, ...] = field(repr=False)
 
     @cached_property
+    def bytes(self) -> int:
+        """Stored bytes of all row groups."""
+        return sum(f.row_group(g).total_byte_size for f in self.footers for g in range(f.num_row_groups))
+
+    @cached_property
+    def remote(self) -> bool:
+        return any("://" in file for file in self.files)
+
+    @cached_property
     def groups(self) -> tuple[tuple[int, int], ...]:
         """(file, row group within it) of each unit."""
         return tuple((f, g) for f, footer in enumerate(self.footers) for g in range(footer.num_row_groups))
@@ -75,7 +86,13 @@ class TableSplit(Split):
 
 
 def open_split(
-    source: str, split: str, *, revision: str | None = None, image_column: str = "image", label_column: str = "label"
+    source: str,
+    split: str,
+    *,
+    revision: str | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
+    keep: Path | None = None,
 ) -> Split:
     """Resolve one split of a source; reads metadata only (for Parquet: the footers, in parallel).
 
@@ -86,6 +103,7 @@ def open_split(
         revision: git revision, for hub datasets.
         image_column: column of encoded images.
         label_column: column of labels or label lists.
+        keep: folder in which footers of files on the hub are kept for the next time.
 
     Raises:
         DataError: source, revision, split or column do not exist or cannot be read; says which and what to do.
@@ -103,7 +121,7 @@ def open_split(
     where = f"split {split!r} of {source}"
     files = next([str(file) for file in listed] for name, listed in data_files.items() if str(name) == split)
     if isinstance(builder, Parquet):
-        return _parquet_split(where, files, image_column, label_column)
+        return _parquet_split(where, files, image_column, label_column, keep)
     if isinstance(builder, ImageFolder):
         rows = builder.as_streaming_dataset(split=split)
         return table_split(_listed(rows, where, image_column), where, image_column, label_column)
@@ -135,16 +153,43 @@ def table_split(
 
 def _builder(source: str, path: Path | None, revision: str | None) -> "datasets.DatasetBuilder":
     from datasets import load_dataset_builder
-    from datasets.exceptions import DatasetsError
+    from datasets.exceptions import DataFilesNotFoundError
 
+    if path is None:
+        return _hub_builder(source, revision)
     try:
-        if path is None:
-            return load_dataset_builder(source, revision=revision)
         if path.is_file():
             return load_dataset_builder("parquet", data_files=str(path))
         return load_dataset_builder(str(path))
-    except (DatasetsError, FileNotFoundError, ConnectionError) as error:
-        raise DataError(f"Cannot open data.source {source}: {error}") from error
+    except (DataFilesNotFoundError, FileNotFoundError) as error:
+        raise DataError(f"There are no images or Parquet files in data.source {source}.") from error
+
+
+def _hub_builder(source: str, revision: str | None) -> "datasets.DatasetBuilder":
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+    try:
+        return load_dataset_builder(source, revision=revision)
+    except DatasetNotFoundError as error:
+        if "gated" in str(error):
+            raise DataError(refusal(source, 403 if "ask for access" in str(error) else 401)) from error
+        if "evision" in str(error):
+            raise DataError(
+                f"There is no revision {revision} of {source} on the hub: correct data.revision."
+            ) from error
+        raise DataError(
+            f"The dataset {source} does not exist on the hub, or is private and the token given cannot see it; "
+            "nor is it a folder here: correct data.source, or run `hf auth login`."
+        ) from error
+    except (ConnectionError, OfflineModeIsEnabled) as error:
+        raise DataError(
+            f"The hub cannot be reached to open {source}: check the network and HF_HUB_OFFLINE, "
+            "or give a local mirror as data.source."
+        ) from error
+    except (DatasetsError, HFValidationError, FileNotFoundError) as error:
+        raise DataError(f"data.source {source} cannot be opened: {str(error).splitlines()[0].rstrip('.')}.") from error
 
 
 def _saved_split(path: Path, split: str, image_column: str, label_column: str) -> Split:
@@ -170,13 +215,15 @@ def _listed(rows: "datasets.IterableDataset", where: str, image_column: str) -> 
     return datasets.Dataset.from_list(list(rows), features=features)
 
 
-def _parquet_split(where: str, files: list[str], image_column: str, label_column: str) -> ParquetSplit:
+def _parquet_split(
+    where: str, files: list[str], image_column: str, label_column: str, keep: Path | None
+) -> ParquetSplit:
     from datasets import Features
 
-    from xception_pl.data.stream import read_footer
+    from xception_pl.data.stream import kept_footer
 
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        footers = tuple(pool.map(read_footer, files))
+        footers = tuple(pool.map(functools.partial(kept_footer, keep=keep), files))
     features = Features.from_arrow_schema(footers[0].schema.to_arrow_schema())
     groups = [footer.row_group(g).num_rows for footer in footers for g in range(footer.num_row_groups)]
     return ParquetSplit(

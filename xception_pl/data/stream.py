@@ -1,9 +1,15 @@
 """Planned rows by id, out of Parquet row groups or a `datasets` table, as encoded bytes and labels."""
 
+import contextlib
+import functools
+import hashlib
 import io
+import os
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import fsspec
@@ -12,7 +18,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from xception_pl.data.cache import GroupCache, cache_folder
 from xception_pl.data.errors import DataError
+from xception_pl.data.fetch import RETRY_SECONDS, file_size, read_range
 from xception_pl.data.source import ParquetSplit, Split, TableSplit
 
 MEMORY_BYTES = 2**30
@@ -36,12 +44,14 @@ class RowReader(Protocol):
     def rows(self, ids: Sequence[int]) -> list[Row]: ...
 
 
-def open_reader(split: Split) -> RowReader:
-    """The reader of a split, for use in one process."""
+def open_reader(split: Split, retry_seconds: float = RETRY_SECONDS, cache: GroupCache | None = None) -> RowReader:
+    """The reader of a split, for one process; a Parquet split's row groups come through the cache if there is one."""
     if isinstance(split, TableSplit):
         return TableReader(split)
     assert isinstance(split, ParquetSplit)
-    return ParquetReader(split)
+    return ParquetReader(
+        split, cache.table if cache else functools.partial(read_group, split, retry_seconds=retry_seconds)
+    )
 
 
 class TableReader:
@@ -63,10 +73,14 @@ class TableReader:
 
 
 class ParquetReader:
-    """Rows of Parquet files. Holds the row groups used last, `memory_bytes` of them at most."""
+    """Rows of Parquet files.
 
-    def __init__(self, split: ParquetSplit, memory_bytes: int = MEMORY_BYTES) -> None:
-        self._split, self._memory_bytes = split, memory_bytes
+    Holds the row groups used last, `memory_bytes` of them at most; `fetch` brings the others: from the files, or from
+    the cache, whose tables are mapped and shared with the other processes of the node.
+    """
+
+    def __init__(self, split: ParquetSplit, fetch: Callable[[int], pa.Table], memory_bytes: int = MEMORY_BYTES) -> None:
+        self._fetch, self._memory_bytes = fetch, memory_bytes
         self._first_id = np.cumsum(split.rows) - split.rows
         self._held: OrderedDict[int, pa.Table] = OrderedDict()
         self._held_bytes = 0
@@ -86,7 +100,7 @@ class ParquetReader:
         if group in self._held:
             self._held.move_to_end(group)
             return self._held[group]
-        table = read_group(self._split, group)
+        table = self._fetch(group)
         self._held[group] = table
         self._held_bytes += table.nbytes
         while self._held_bytes > self._memory_bytes and len(self._held) > 1:
@@ -94,14 +108,22 @@ class ParquetReader:
         return table
 
 
-def read_group(split: ParquetSplit, group: int) -> pa.Table:
+def open_cache(split: Split, folder: str | None, gigabytes: float, retry_seconds: float) -> GroupCache | None:
+    """The cache of a split that needs one: remote Parquet, and local Parquet too large to hold in memory."""
+    if not isinstance(split, ParquetSplit) or not (split.remote or split.bytes > MEMORY_BYTES):
+        return None
+    read = functools.partial(read_group, retry_seconds=retry_seconds)
+    return GroupCache(cache_folder(folder), int(gigabytes * 1e9), split, read)
+
+
+def read_group(split: ParquetSplit, group: int, retry_seconds: float = RETRY_SECONDS) -> pa.Table:
     """Read one row group: a table of two columns, encoded image and label, one chunk each."""
     file, index = split.groups[group]
     footer = split.footers[file]
     image = _leaf(footer, split.image_column)
     label = _leaf(footer, split.label_column)
     spans = _spans(footer.row_group(index), (image, label))
-    parts = [(start, read_range(split.files[file], start, stop)) for start, stop in spans]
+    parts = [(start, read_range(split.files[file], start, stop, retry_seconds)) for start, stop in spans]
     parquet = pq.ParquetFile(pa.PythonFile(_Parts(parts, footer)), metadata=footer)
     table = parquet.read_row_group(index, columns=[image, label], use_threads=False)
     images = table.column(split.image_column).combine_chunks()
@@ -111,16 +133,19 @@ def read_group(split: ParquetSplit, group: int) -> pa.Table:
     return pa.table([images, labels], names=["image", "label"])
 
 
-def read_range(path: str, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of a local or remote file, through the file system that `datasets` uses for it."""
-    fs, name = fsspec.core.url_to_fs(path)
-    with (
-        fs.open(name, "rb", block_size=None, cache_type="none")
-        if fs.protocol != ("file", "local")
-        else fs.open(name) as file
-    ):
-        file.seek(start)
-        return bytes(file.read(stop - start))
+def kept_footer(path: str, keep: Path | None) -> pq.FileMetaData:
+    """`read_footer`, from the folder `keep` when this commit's file was read before."""
+    if keep is None or not path.startswith("hf://"):
+        return read_footer(path)
+    kept = keep / f"{hashlib.sha256(path.encode()).hexdigest()[:32]}.footer"
+    with contextlib.suppress(FileNotFoundError, pa.ArrowInvalid):
+        return pq.read_metadata(kept)
+    footer = read_footer(path)
+    keep.mkdir(parents=True, exist_ok=True)
+    aside = kept.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
+    footer.write_metadata_file(str(aside))
+    aside.rename(kept)
+    return footer
 
 
 def read_footer(path: str) -> pq.FileMetaData:
@@ -129,8 +154,7 @@ def read_footer(path: str) -> pq.FileMetaData:
     Raises:
         DataError: when the file is not Parquet.
     """
-    fs, name = fsspec.core.url_to_fs(path)
-    size = int(fs.size(name))
+    size = file_size(path)
     tail = read_range(path, max(0, size - _FOOTER_GUESS), size)
     if tail[-4:] != b"PAR1":
         raise DataError(f"{path} is not a whole Parquet file: copy it again.")

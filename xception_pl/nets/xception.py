@@ -117,7 +117,8 @@ class Xception(nn.Module):
 
     With its defaults: 22,855,952 parameters (Table 3), 36 convolutions in 14 modules. It takes images scaled to
     [-1, 1], 299 × 299 in the paper. Any size of 7 pixels or more computes; Keras refuses sizes below 71, whose last
-    feature map would be smaller than 3 × 3, and so does a recipe; the network itself does not check.
+    feature map would be smaller than 3 × 3, and so does a recipe; the network itself does not check. `torch.export` may
+    leave the batch open, but not height and width, whose parity decides the padding.
 
     Blocks have the paper's numbers as names (`block1` … `block14`), and inside them the layers have those of Keras'
     `keras.applications.Xception` (`sepconv1` …). With other than eight middle blocks the numbers go on without a gap.

@@ -1,0 +1,89 @@
+"""Run by test_ddp in processes of its own: trains a tracer on some ranks and writes down what each of them saw.
+
+python -m tests.data.ddp_run WORLD FOLDER [corrupt]
+
+With `corrupt`, one image of the last rank's first batch cannot be decoded and each rank writes down how its run ended.
+"""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.data.tracing import SaveAt, Tracer, table, trainer
+from xception_pl.data.config import DataConfig
+from xception_pl.data.datamodule import ImageNetDataModule
+from xception_pl.data.plan import EpochPlan
+
+STEPS, EPOCHS = 8, 2
+
+
+def config(folder: Path, **changes: Any) -> DataConfig:
+    made: dict[str, Any] = {
+        "source": "ILSVRC/imagenet-1k",
+        "image_size": 71,
+        "train_crop": "resize",
+        "eval_crop": "resize",
+        "flip": False,
+        "global_batch": 24,
+        "eval_batch": 4,
+        "shuffle_window": 64,
+        "cache_dir": str(folder / "cache"),
+    }
+    return DataConfig(**{**made, **changes})
+
+
+def fit(folder: Path, data: ImageNetDataModule, world: int, **options: Any) -> Tracer:
+    tracer, ckpt = Tracer(), options.pop("ckpt_path", None)
+    strategy = {"strategy": "ddp", "devices": world} if world > 1 else {"devices": 1}
+    run = trainer(folder, max_epochs=EPOCHS, accumulate_grad_batches=data.accumulate, **strategy, **options)
+    run.fit(tracer, data, ckpt_path=ckpt)
+    return tracer
+
+
+def end_with_a_corrupt_image(world: int, folder: Path) -> None:
+    made = table(48)
+    # of the last rank: rank 0 holds the store through which the others learn of it
+    bad = EpochPlan(np.ones(48, np.int64), seed=1, epoch=0, global_batch=24).micro_batch(0, world - 1, world)[0]
+    made = made.map(lambda row, i: {"image": {"bytes": b"", "path": None}} if i == bad else row, with_indices=True)
+    data = ImageNetDataModule(config(folder, workers=0), seed=1, train=made, val=table(4))
+    try:
+        fit(folder, data, world)
+    except Exception as error:
+        rank = os.environ.get("LOCAL_RANK", "0")
+        (folder / f"end of rank {rank}").write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+def main() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    world, folder = int(sys.argv[1]), Path(sys.argv[2])
+    if sys.argv[3:] == ["corrupt"]:
+        end_with_a_corrupt_image(world, folder)
+    seen: dict[str, Any] = {}
+    rank = 0
+    for workers in (0, 2, 3):
+        tracer = fit(folder, ImageNetDataModule(config(folder, workers=workers), seed=1), world)
+        rank = tracer.global_rank
+        seen[f"workers {workers}"] = {"train": tracer.seen, "val": tracer.evaluated}
+    resumed, ckpt = [], None
+    for stop in (3, 11, None):
+        path = folder / f"world {world} step {stop}.ckpt"
+        callbacks = [SaveAt(stop, path)] if stop else []
+        data = ImageNetDataModule(config(folder, workers=2), seed=1)
+        resumed += fit(folder, data, world, callbacks=callbacks, ckpt_path=ckpt).seen
+        ckpt = path
+    seen["resumed twice"] = {"train": resumed}
+    one = ImageNetDataModule(config(folder, workers=0), seed=1, val=table(1))
+    seen["one image to evaluate"] = {"val": fit(folder, one, world, limit_train_batches=1).evaluated}
+    (folder / f"world {world} rank {rank}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()

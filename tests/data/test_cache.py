@@ -1,0 +1,178 @@
+"""The local cache: bounded, shared without doubled reads, safe against kill -9, full disks and other jobs."""
+
+import errno
+import functools
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tests.data.test_stream import write_parquet
+from tests.data.tracing import png
+from xception_pl.data.ahead import FillAhead, NodeNeeds
+from xception_pl.data.cache import GroupCache
+from xception_pl.data.plan import EpochPlan
+from xception_pl.data.source import ParquetSplit, open_split
+from xception_pl.data.stream import ParquetReader, read_group
+
+ROWS, GROUP = 210, 7
+GROUPS = ROWS // GROUP
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> ParquetSplit:
+    write_parquet(tmp_path / "set", "train.parquet", range(ROWS), group=GROUP)
+    opened = open_split(str(tmp_path / "set"), "train")
+    assert isinstance(opened, ParquetSplit)
+    return opened
+
+
+def files(folder: Path, kind: str = "arrow") -> list[Path]:
+    return list(folder.glob(f"*/*.{kind}"))
+
+
+def logged(log: Path, split: ParquetSplit, group: int) -> pa.Table:
+    """Reads a row group slowly and leaves a line for each read."""
+    with log.open("a") as file:
+        file.write(f"{group}\n")
+    time.sleep(0.01)
+    return read_group(split, group)
+
+
+def all_rows(cache: GroupCache, split: ParquetSplit) -> None:
+    reader = ParquetReader(split, cache.table, memory_bytes=1)
+    for i in range(ROWS):
+        assert reader.rows([i])[0].data == png(i)
+
+
+def test_every_row_comes_through_the_cache_and_is_read_once(tmp_path: Path, split: ParquetSplit) -> None:
+    log = tmp_path / "log"
+    for _ in range(2):
+        all_rows(GroupCache(tmp_path / "cache", 10**9, split, functools.partial(logged, log)), split)
+    assert sorted(map(int, log.read_text().split())) == list(range(GROUPS))
+    assert len(files(tmp_path / "cache")) == GROUPS
+
+
+def test_the_folder_stays_below_its_limit_and_the_longest_unused_go_first(tmp_path: Path, split: ParquetSplit) -> None:
+    cache = GroupCache(tmp_path / "cache", 10**9, split, read_group)
+    cache.fill(0)
+    size = files(tmp_path / "cache")[0].stat().st_size
+    small = GroupCache(tmp_path / "small", 6 * size, split, read_group)
+    for group in range(GROUPS):
+        small.table(0)
+        small.table(group)
+        assert sum(file.stat().st_size for file in files(tmp_path / "small")) <= 6 * size
+    assert small.has(0)
+    assert small.has(GROUPS - 1)
+    assert not small.has(1)
+    all_rows(small, split)
+
+
+def test_processes_share_one_download(tmp_path: Path, split: ParquetSplit) -> None:
+    log = tmp_path / "log"
+    cache = GroupCache(tmp_path / "cache", 10**9, split, functools.partial(logged, log))
+    readers = [multiprocessing.get_context("fork").Process(target=all_rows, args=(cache, split)) for _ in range(4)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert [reader.exitcode for reader in readers] == [0] * 4
+    assert sorted(map(int, log.read_text().split())) == list(range(GROUPS))
+
+
+def stuck(started: Any, split: ParquetSplit, group: int) -> pa.Table:
+    started.set()
+    time.sleep(60)
+    raise AssertionError("killed before")
+
+
+def test_a_reader_killed_while_it_fetches_blocks_nobody(tmp_path: Path, split: ParquetSplit) -> None:
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    dying = GroupCache(tmp_path / "cache", 10**9, split, functools.partial(stuck, started))
+    victim = context.Process(target=dying.fill, args=(3,))
+    victim.start()
+    assert started.wait(10)
+    assert victim.pid is not None
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.join()
+    all_rows(GroupCache(tmp_path / "cache", 10**9, split, read_group), split)
+
+
+def test_what_dead_processes_left_is_cleared_and_torn_files_are_made_again(tmp_path: Path, split: ParquetSplit) -> None:
+    cache = GroupCache(tmp_path / "cache", 10**9, split, read_group)
+    cache.fill(0)
+    (whole,) = files(tmp_path / "cache")
+    good = whole.read_bytes()
+    for torn in (good[: len(good) // 2], b"", b"\0" * len(good)):
+        whole.write_bytes(torn)
+        assert cache.table(0).equals(read_group(split, 0))
+    left = whole.with_suffix(".1.tmp")
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    cache.limit_bytes = len(good)
+    cache.fill(1)
+    assert not left.exists()
+
+
+def test_a_full_disk_only_costs_another_read(
+    tmp_path: Path, split: ParquetSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cache = GroupCache(tmp_path / "cache", 10**9, split, read_group)
+    cache.fill(0)
+    monkeypatch.setattr(pa.ipc, "new_file", full)
+    all_rows(cache, split)
+    assert files(tmp_path / "cache", "tmp") == []
+
+
+def test_another_job_that_clears_the_folder_disturbs_no_reader(tmp_path: Path, split: ParquetSplit) -> None:
+    cache = GroupCache(tmp_path / "cache", 10**9, split, read_group)
+    held = cache.table(2)
+    for file in files(tmp_path / "cache"):
+        file.unlink()
+    assert held.equals(read_group(split, 2))
+    assert cache.table(2).equals(held)
+
+
+def test_changed_files_are_not_mistaken_for_the_old_ones(tmp_path: Path, split: ParquetSplit) -> None:
+    GroupCache(tmp_path / "cache", 10**9, split, read_group).fill(0)
+    write_parquet(tmp_path / "set", "train.parquet", range(ROWS, 0, -1), group=GROUP)  # type: ignore[arg-type]
+    changed = open_split(str(tmp_path / "set"), "train")
+    assert isinstance(changed, ParquetSplit)
+    reader = ParquetReader(changed, GroupCache(tmp_path / "cache", 10**9, changed, read_group).table)
+    assert reader.rows([0])[0].data == png(ROWS)
+
+
+def test_the_fetcher_keeps_ahead_but_not_too_far_and_goes_on_into_the_next_epoch(
+    tmp_path: Path, split: ParquetSplit
+) -> None:
+    cache = GroupCache(tmp_path / "cache", 10**9, split, read_group)
+    needs = NodeNeeds(split.rows, seed=0, global_batch=10, window=28, rank=0, ranks=1, world=1)
+    ahead = FillAhead(cache, needs, epoch_steps=21, steps=4)
+    try:
+        for step in (0, 8):
+            ahead.training_at(0, step)
+            plan = EpochPlan(split.rows, seed=0, epoch=0, global_batch=10, window=28)
+            groups, before = plan.groups_needed(0, 0, 1)
+            due = set(groups[before <= step + 4].tolist())
+            wait_for(lambda due=due: all(cache.has(group) for group in due))
+            assert {group for group in range(GROUPS) if cache.has(group)} <= due
+        ahead.training_at(0, 20)
+        wait_for(lambda: len(files(tmp_path / "cache")) == GROUPS)
+    finally:
+        ahead.close()
+
+
+def wait_for(condition: Any, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)

@@ -1,0 +1,75 @@
+"""Real processes: what several ranks see together is what one sees, whatever the workers, resumes and worlds."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.test_hub import TRAIN, VAL, write_set
+from tests.loopback_hub import LoopbackHub
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+
+
+def launch(world: int, folder: Path, hub: LoopbackHub) -> list[dict[str, Any]]:
+    """The notes of each rank."""
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home")}
+    env.pop("HF_TOKEN", None)
+    command = [sys.executable, "-m", "tests.data.ddp_run", str(world), str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"world {world} rank {rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, list[dict[str, Any]]]]:
+    folder = tmp_path_factory.mktemp("ddp")
+    write_set(folder / "hub")
+    with LoopbackHub(folder / "hub") as hub:
+        yield {world: launch(world, folder, hub) for world in (1, 2, 3)}
+
+
+def test_one_ranks_data_error_ends_all_ranks_with_the_same_sentence(tmp_path: Path) -> None:
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "tests.data.ddp_run", "2", str(tmp_path), "corrupt"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode != 0
+    ends = [(tmp_path / f"end of rank {rank}").read_text() for rank in range(2)]
+    assert ends[0] == ends[1]
+    assert ends[0].startswith("DataError: 1 images of the train dataset given cannot be decoded")
+
+
+def together(ranks: list[dict[str, Any]], name: str) -> list[list[int]]:
+    """Global batches: the ranks' micro-batches side by side."""
+    assert len({len(rank[name]["train"]) for rank in ranks}) == 1
+    return [sum(parts, start=[]) for parts in zip(*(rank[name]["train"] for rank in ranks), strict=True)]  # noqa: RUF017
+
+
+def test_the_sequence_of_global_batches_is_the_same_for_all_worlds_and_workers(runs: dict[int, Any]) -> None:
+    alone = runs[1][0]["workers 0"]["train"]
+    for epoch in (alone[:8], alone[8:]):
+        ids = [i for batch in epoch for i in batch]
+        assert len(ids) == len(set(ids)) == TRAIN // 24 * 24
+    for world, ranks in runs.items():
+        for workers in (0, 2, 3):
+            assert together(ranks, f"workers {workers}") == alone, (world, workers)
+
+
+def test_two_resumes_change_nothing_on_any_rank(runs: dict[int, Any]) -> None:
+    for ranks in runs.values():
+        for rank in ranks:
+            assert rank["resumed twice"]["train"] == rank["workers 0"]["train"]
+
+
+def test_evaluation_counts_each_image_once_over_all_ranks(runs: dict[int, Any]) -> None:
+    for ranks in runs.values():
+        for workers in (0, 2, 3):
+            counted = sorted(i for rank in ranks for i in rank[f"workers {workers}"]["val"])
+            assert counted == sorted(2 * list(range(VAL)))
+        assert [i for rank in ranks for i in rank["one image to evaluate"]["val"]] == [0, 0]

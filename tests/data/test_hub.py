@@ -1,0 +1,241 @@
+"""The real path, `datasets` and the hub's client included, against a hub on this machine."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.data.tracing import CLASSES, Tracer, features, png, trainer
+from tests.loopback_hub import LoopbackHub, reset, short, sometimes, stall, status, truncated
+from xception_pl.data import fetch
+from xception_pl.data.config import DataConfig
+from xception_pl.data.datamodule import ImageNetDataModule
+from xception_pl.data.errors import DataError
+from xception_pl.data.source import open_split
+from xception_pl.data.stream import open_reader
+
+IMAGENET = "ILSVRC/imagenet-1k"
+TRAIN, VAL, GROUP = 203, 41, 9
+
+
+def write_set(folder: Path) -> None:
+    """ImageNet in small: 5 shards for training, 2 for validation, 9 images a row group, named as on the hub."""
+    for split, rows, shards in (("train", TRAIN, 5), ("validation", VAL, 2)):
+        for shard in range(shards):
+            ids = range(shard * rows // shards, (shard + 1) * rows // shards)
+            made = datasets.Dataset.from_dict(
+                {
+                    "image": [{"bytes": png(i), "path": f"{i}.png"} for i in ids],
+                    "label": [i % CLASSES for i in ids],
+                },
+                features=features(),
+            )
+            path = folder / "data" / f"{split}-{shard:05d}-of-{shards:05d}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(made.data.table, path, row_group_size=GROUP)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    import huggingface_hub
+    from huggingface_hub import HfFileSystem
+
+    write_set(tmp_path / "hub")
+    with LoopbackHub(tmp_path / "hub") as running:
+        # what HF_ENDPOINT sets when it is there before the first import
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", running.url)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+        monkeypatch.setattr(fetch, "_FIRST_WAIT", 0.01)
+        monkeypatch.setattr(fetch, "_LONGEST_WAIT", 0.02)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        HfFileSystem.clear_instance_cache()
+        fetch.faults.clear()
+        yield running
+    HfFileSystem.clear_instance_cache()
+
+
+def config(tmp_path: Path, **changes: Any) -> DataConfig:
+    made = {
+        "source": IMAGENET,
+        "image_size": 71,
+        "train_crop": "resize",
+        "eval_crop": "resize",
+        "flip": False,
+        "global_batch": 20,
+        "eval_batch": 8,
+        "shuffle_window": 64,
+        "workers": 0,
+        "cache_dir": str(tmp_path / "cache"),
+        "retry_seconds": 20.0,
+    }
+    return DataConfig(**{**made, **changes})
+
+
+def fit(tmp_path: Path, changed: DataConfig, **options: Any) -> Tracer:
+    tracer, data = Tracer(), ImageNetDataModule(changed, seed=1)
+    trainer(tmp_path, **options).fit(tracer, data)
+    return tracer
+
+
+@pytest.mark.slow
+def test_load_dataset_itself_runs_against_the_loopback_hub(tmp_path: Path) -> None:
+    """In a process of its own, with nothing but HF_ENDPOINT set."""
+    write_set(tmp_path / "hub")
+    code = (
+        "import datasets\n"
+        f"rows = datasets.load_dataset({IMAGENET!r}, streaming=True)['train']\n"
+        "print([row['label'] for row in rows.cast_column('image', datasets.Image(decode=False))])\n"
+        "from xception_pl.data.datamodule import ImageNetDataModule\n"
+        "print(ImageNetDataModule().train_images)\n"
+    )
+    with LoopbackHub(tmp_path / "hub") as hub:
+        env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+        out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert out.splitlines() == [str([i % CLASSES for i in range(TRAIN)]), str(TRAIN)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_reads_each_byte_once_and_later_epochs_nothing(tmp_path: Path, hub: LoopbackHub, workers: int) -> None:
+    tracer = fit(tmp_path, config(tmp_path, workers=workers), max_epochs=3, limit_val_batches=0)
+    epochs = [sum(tracer.seen[10 * e : 10 * e + 10], start=[]) for e in range(3)]  # noqa: RUF017
+    assert all(len(ids) == len(set(ids)) == 200 for ids in epochs)
+    groups = sum(-(-(((s + 1) * TRAIN // 5) - s * TRAIN // 5) // GROUP) for s in range(5))
+    footers = 5
+    assert sum(n for name, n in hub.reads.items() if "train" in name) <= groups + footers
+    assert len(list((tmp_path / "cache").glob("*/*.arrow"))) <= groups
+
+
+def test_evaluation_on_the_hub_counts_each_image_once(tmp_path: Path, hub: LoopbackHub) -> None:
+    tracer = fit(tmp_path, config(tmp_path), max_epochs=1)
+    assert sorted(tracer.evaluated) == list(range(VAL))
+
+
+def test_little_room_only_makes_it_read_again(tmp_path: Path, hub: LoopbackHub) -> None:
+    plenty = fit(tmp_path, config(tmp_path), max_epochs=2, limit_val_batches=0)
+    groups = [file.stat().st_size for file in (tmp_path / "cache").glob("*/*.arrow")]
+    small = config(tmp_path, cache_dir=str(tmp_path / "small"), cache_gb=4 * max(groups) / 1e9)
+    assert fit(tmp_path, small, max_epochs=2, limit_val_batches=0).seen == plenty.seen
+    assert sum(file.stat().st_size for file in (tmp_path / "small").glob("*/*.arrow")) <= 4 * max(groups)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (status(429, Retry_After="0"), "429"),
+        (status(503), "503"),
+        (truncated, "RemoteProtocolError"),
+        (short, "short answer"),
+        (reset, "RemoteProtocolError"),
+    ],
+    ids=["429", "503", "truncated", "short", "reset"],
+)
+def test_a_storm_of_faults_changes_nothing_but_the_count(
+    tmp_path: Path, hub: LoopbackHub, fault: Any, kind: str
+) -> None:
+    split = open_split(IMAGENET, "train")
+    hub.faults.append(sometimes(2, fault))
+    rows = open_reader(split).rows(list(range(TRAIN)))
+    assert [row.data for row in rows] == [png(i) for i in range(TRAIN)]
+    assert fetch.faults[kind] >= 10
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_through_a_storm_sees_the_same_and_counts_the_faults(
+    tmp_path: Path, hub: LoopbackHub, workers: int
+) -> None:
+    calm = fit(tmp_path, config(tmp_path), max_epochs=1, limit_val_batches=0).seen
+    hub.faults.append(sometimes(2, status(503)))
+    data = ImageNetDataModule(config(tmp_path, cache_dir=str(tmp_path / "other"), workers=workers), seed=1)
+    tracer = Tracer()
+    trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(tracer, data)
+    assert tracer.seen == calm
+    assert data.faults["503"] >= 5
+
+
+def test_footers_are_read_once_and_kept(tmp_path: Path, hub: LoopbackHub) -> None:
+    for _ in range(2):
+        assert ImageNetDataModule(config(tmp_path)).train_images == TRAIN
+    assert hub.requests["read"] == 5
+
+
+def test_a_stall_is_cut_and_read_again(tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "SILENCE_SECONDS", 0.2)
+    split = open_split(IMAGENET, "validation")
+    hub.faults.append(sometimes(3, stall(1.0), at_most=2))
+    rows = open_reader(split).rows(list(range(VAL)))
+    assert [row.data for row in rows] == [png(i) for i in range(VAL)]
+    assert fetch.faults["ReadTimeout"] == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_hub_that_stays_away_ends_the_run_with_one_sentence(tmp_path: Path, hub: LoopbackHub, workers: int) -> None:
+    data = ImageNetDataModule(config(tmp_path, retry_seconds=0.3, workers=workers))
+    data.prepare()
+    hub.faults.append(status(503))
+    with pytest.raises(DataError, match=r"tries in \d+ s failed, the last with 503; .*mirror.*\.$") as error:
+        next(iter(data.train_dataloader()))
+    assert "\n" not in str(error.value)
+
+
+def test_a_gated_set_says_what_to_do_and_keeps_the_token(
+    tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.token = "hf_secret"
+    with pytest.raises(DataError, match=r"gated.*accept its terms.*hf auth login") as error:
+        open_split(IMAGENET, "train")
+    assert "\n" not in str(error.value)
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    with pytest.raises(DataError, match=r"accept its terms.*same account") as error:
+        open_split(IMAGENET, "train")
+    assert "hf_other" not in str(error.value)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    fit(tmp_path, config(tmp_path), max_epochs=1, limit_train_batches=1)
+    assert "hf_secret" in hub.seen_tokens
+    written = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert written
+    assert not any(b"hf_secret" in file.read_bytes() for file in written)
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "split", "says"),
+    [
+        ("nobody/nothing", None, "train", "nobody/nothing .*does not exist on the hub, or is private"),
+        (IMAGENET, "b" * 40, "train", "no revision .*bbbb"),
+        (IMAGENET, None, "test", r"no split 'test' .*\(it has train, validation\)"),
+    ],
+)
+def test_what_is_not_on_the_hub_is_told_in_one_sentence(
+    hub: LoopbackHub, source: str, revision: str | None, split: str, says: str
+) -> None:
+    with pytest.raises(DataError, match=says) as error:
+        open_split(source, split, revision=revision)
+    assert "\n" not in str(error.value)
+    assert str(error.value).endswith(".")
+
+
+def test_no_network_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"cannot be reached.*\.$") as error:
+        open_split(IMAGENET, "train")
+    assert "\n" not in str(error.value)
+
+
+def test_a_pinned_revision_is_what_is_read(hub: LoopbackHub) -> None:
+    split = open_split(IMAGENET, "train", revision=hub.commit)
+    assert all(f"@{hub.commit}/" in file for file in split.files)  # type: ignore[attr-defined]
+    ids = np.arange(TRAIN)[::-1]
+    assert [row.labels[0] for row in open_reader(split).rows(ids.tolist())] == [i % CLASSES for i in ids]

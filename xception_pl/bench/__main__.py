@@ -1,0 +1,24 @@
+"""`python -m xception_pl.bench WHAT …`: each measurement is a module of this package with a `main(arguments)`."""
+
+import sys
+from importlib import import_module
+
+MEASUREMENTS = {"data": "JPEG files to training crops and batches: this package, timm and torchvision"}
+
+
+def main(arguments: list[str]) -> int:
+    """Hand over to the measurement named first; returns the exit status."""
+    if arguments and arguments[0] in MEASUREMENTS:
+        status: int = import_module(f"xception_pl.bench.{arguments[0]}").main(arguments[1:])
+        return status
+    asked_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
+    lines = ["usage: python -m xception_pl.bench WHAT [--help]", ""]
+    lines += [f"  {name}  {what}" for name, what in MEASUREMENTS.items()]
+    if arguments and not asked_for_help:
+        lines.append(f"\n{arguments[0]!r} is no measurement: choose one of {', '.join(MEASUREMENTS)}.")
+    print("\n".join(lines), file=sys.stdout if asked_for_help else sys.stderr)
+    return 0 if asked_for_help else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

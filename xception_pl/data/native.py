@@ -1,0 +1,129 @@
+"""crop.c as a function, compiled once for this machine: JPEG bytes to a resized crop without decoding the rest.
+
+The first use compiles it with the machine's C compiler, a second or two, and keeps the result in the user's cache
+folder; other processes find it there. libjpeg-turbo itself comes out of the wheel of torchvision or Pillow. Where there
+is no compiler or no such wheel, `decode` has Pillow do everything.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xception_pl.data.crops import Box
+
+SOURCE = Path(__file__).parent / "crop.c"
+FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC")
+
+
+class Unavailable(Exception):
+    """Why crop.c cannot be used here, in a few words."""
+
+
+def crop_jpeg(
+    data: bytes, box: Box, size: int, bicubic: bool, flip: bool = False, context: bool = False, scaled: bool = False
+) -> NDArray[np.uint8] | None:
+    """`box` of a JPEG resized to (size, size, 3), flipped on request; None where native code cannot be had
+    or libjpeg finds fault with the file.
+
+    Args:
+        data: a JPEG of one or three components.
+        box: in pixels of the whole image.
+        size: side of the result in pixels.
+        bicubic: Pillow's bicubic filter, else its bilinear one.
+        flip: mirror left and right.
+        context: let the filter see the pixels around the box, as if the whole image had been resized.
+        scaled: decode with a smaller DCT where the crop is at least twice `size`; faster, not to the bit the same.
+    """
+    library, _ = _try_load()
+    if library is None:
+        return None
+    room = np.empty(size * size * 3 + 16, np.uint8)  # crop.c writes whole vectors
+    failed = library.crop_jpeg(
+        data, len(data), (ctypes.c_double * 4)(*box), context, scaled, size, bicubic, flip, room.ctypes.data
+    )
+    return None if failed else room[:-16].reshape(size, size, 3)
+
+
+def load() -> ctypes.CDLL:
+    """crop.c, ready to use. Call it before workers start, so that they find it compiled.
+
+    Raises:
+        Unavailable: no C compiler, no libjpeg-turbo, or no folder to keep the result in.
+    """
+    library, reason = _try_load()
+    if library is None:
+        raise Unavailable(reason)
+    return library
+
+
+@functools.cache
+def _try_load() -> tuple[ctypes.CDLL | None, str]:
+    """Once a process, its failure remembered too."""
+    try:
+        library = ctypes.CDLL(str(_compiled()))
+    except (Unavailable, OSError) as error:
+        return None, str(error)
+    library.crop_open.argtypes = [ctypes.c_char_p]
+    library.crop_jpeg.argtypes = [
+        ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p, *[ctypes.c_int] * 5, ctypes.c_void_p
+    ]  # fmt: skip
+    for path in _libjpeg_files():
+        if library.crop_open(os.fsencode(path)) == 0:
+            return library, str(path)
+    return None, "neither torchvision nor Pillow brings a libjpeg-turbo that can crop"
+
+
+def _libjpeg_files() -> list[Path]:
+    """Shared libraries of libjpeg inside the wheels of torchvision and Pillow (Linux and macOS layouts)."""
+    files: list[Path] = []
+    for package, vendored in (("torchvision", "torchvision.libs"), ("PIL", "pillow.libs")):
+        spec = importlib.util.find_spec(package)
+        if spec and spec.submodule_search_locations:
+            home = Path(spec.submodule_search_locations[0])
+            for folder in (home.parent / vendored, home / ".dylibs"):
+                files += sorted(folder.glob("libjpeg*"))
+    return files
+
+
+def _compiled() -> Path:
+    """Path of crop.c's shared library for this processor, compiled now if it is not in the cache."""
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, _processor())).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xception_pl"
+    target = cache / f"crop-{key}.so"
+    if target.exists():
+        return target
+    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise Unavailable("there is no C compiler (cc, gcc or clang)")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            built = Path(folder) / target.name
+            for flags in ((*FLAGS, "-march=native"), FLAGS):  # not every compiler knows the processor
+                command = [compiler, *flags, str(SOURCE), "-o", str(built), "-lm", "-ldl"]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+                if done.returncode == 0:
+                    built.replace(target)  # whole or not at all, for processes that do the same now
+                    return target
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{SOURCE.name} cannot be compiled in {cache}: {error}") from error
+    raise Unavailable(f"{compiler} does not compile {SOURCE.name}: {done.stderr.strip()[:200]}")
+
+
+def _processor() -> str:
+    """What -march=native depends on; a home folder may be shared by different machines."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return platform.machine() + next(
+        (line for line in lines if line.startswith(("flags", "Features"))), platform.processor()
+    )
