@@ -198,8 +198,7 @@ def _hub_builder(source: str, revision: str | None) -> "datasets.DatasetBuilder"
 
 def _knock() -> None:
     """Raises ConnectionError within seconds where there is no network: `datasets` would try for half a minute."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     for attempt in (1, 2, 3):
         try:
