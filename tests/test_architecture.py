@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "module": {"nets", "optim", "metrics"},
     "weights": {"nets", "optim", "module"},
     "run": {"recipe", "module", "data", "weights"},
+    "ablation": {"recipe", "run"},
     "build": {"recipe", "module", "data", "weights", "run"},
     "training": {"recipe", "commands", "module", "data", "weights", "run", "build"},
 }

@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +46,6 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs the command in this process; `signals_at` sends Ctrl-C at the end of those optimiser steps."""
 
     def call(*argv: str, signals_at: tuple[int, ...] = ()) -> int:
-        monkeypatch.delenv("XCEPTION_PL_RUN_FOLDER", raising=False)
         original = RunLog.on_train_batch_end
 
         def patched(self: RunLog, trainer: Any, *args: Any) -> None:
@@ -172,6 +174,26 @@ def test_resuming_equals_not_stopping(run: Any, capsys: pytest.CaptureFixture[st
         assert torch.equal(value, other["state_dict"][name]), name
     assert one["lr_schedulers"] == other["lr_schedulers"]
     assert one["optimizer_states"][0]["param_groups"] == other["optimizer_states"][0]["param_groups"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_every_process_saves_and_stops(number: signal.Signals, code: int) -> None:
+    """As a terminal and a scheduler send it: to the trainer and to its loader workers."""
+    more = ["--data.workers=2", "--trainer.max_epochs=1000", "--trainer.enable_progress_bar=true"]
+    command = [sys.executable, "-m", "xception_pl.fit", "tiny.yaml", *more]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("epoch 1/1000  val_loss"):
+        assert process.poll() is None, process.communicate()
+    os.killpg(process.pid, number)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    assert f"{number.name}: stopped after step " in printed
+    assert "Traceback" not in errors
+    assert (only_run() / "checkpoints" / "last.ckpt").exists()
+    assert (only_run() / "curves.png").exists()
 
 
 def test_resuming_with_another_network_is_refused(run: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,11 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from xception_pl.build import build_data, build_module, build_trainer, find_devices
+from xception_pl.data import stream
 from xception_pl.data.augment import DeviceAugment
+from xception_pl.data.errors import DataError
 from xception_pl.optim.create import create_optimizer
 from xception_pl.recipe import Recipe, check, load_recipe, schema
 from xception_pl.run.interrupt import SignalFlag
@@ -82,6 +86,27 @@ def of_data(recipe: Recipe) -> Any:
     )
 
 
+def of_faults(recipe: Recipe, folder: Path) -> Any:
+    """Where row groups are kept and how long a read is tried; what corrupt images do. Held-out image 0 is junk."""
+    images = pq.read_table("xception_pl/data/sample/test.parquet").slice(0, 8).to_pylist()
+    images[0]["image"]["bytes"] = b"junk"
+    folder.mkdir(exist_ok=True)
+    features = pq.read_schema("xception_pl/data/sample/test.parquet")
+    for split in ("train", "test"):
+        pq.write_table(pa.Table.from_pylist(images, schema=features), folder / f"{split}.parquet")
+    recipe.data.source, recipe.data.global_batch = str(folder), 8
+    recipe.data.cache_dir = recipe.data.cache_dir and str(folder / recipe.data.cache_dir)
+    data = build_data(recipe)
+    cache = data._cache("train")
+    assert cache is not None
+    try:
+        valid = next(iter(data.val_dataloader()))["valid"].tolist()
+    except DataError as error:
+        valid = str(error)
+    allowed = data.train_dataloader()._on_corrupt._allowed
+    return cache.folder, cache.limit_bytes, cache._read.keywords, allowed, valid
+
+
 def of_trainer(recipe: Recipe, folder: Path) -> Any:
     """The Trainer that is built, as it describes itself."""
     accelerator, devices, missing = find_devices(recipe.trainer)
@@ -98,7 +123,7 @@ def of_trainer(recipe: Recipe, folder: Path) -> Any:
             trainer.limit_val_batches,
         ],
         [
-            trainer._accelerator_connector.strategy._layer_sync,
+            getattr(trainer.strategy, "_layer_sync", None),
             torch.are_deterministic_algorithms_enabled(),
             torch.backends.cudnn.benchmark,
         ],
@@ -169,6 +194,11 @@ CHANGES: dict[str, tuple[str, dict[str, str]]] = {
     "data.global_batch": ("16", {}),
     "data.eval_batch": ("5", {}),
     "data.shuffle_window": ("16", {}),
+    "data.cache_dir": ("kept", {}),
+    "data.cache_gb": ("1", {}),
+    "data.retry_seconds": ("1", {}),
+    "data.max_corrupt": ("0.5", {}),
+    "data.val_corrupt": ("skip", {}),
     "data.workers": ("1", {}),
     "data.prefetch": ("3", {"data.workers": "1"}),
     "data.train_crop": ("resize", {}),
@@ -192,7 +222,7 @@ CHANGES: dict[str, tuple[str, dict[str, str]]] = {
     "trainer.accumulate_grad_batches": ("2", {}),
     "trainer.gradient_clip_val": ("1.0", {}),
     "trainer.gradient_clip_algorithm": ("value", {"trainer.gradient_clip_val": "1.0"}),
-    "trainer.sync_batchnorm": ("true", {}),
+    "trainer.sync_batchnorm": ("true", {"trainer.strategy": "ddp"}),
     "trainer.deterministic": ("true", {}),
     "trainer.benchmark": ("true", {}),
     "trainer.limit_train_batches": ("2", {}),
@@ -206,6 +236,7 @@ CHANGES: dict[str, tuple[str, dict[str, str]]] = {
     "run.tensorboard": ("false", {}),
     "run.wandb": ("project", {}),
 }
+FAULTS = ("data.cache_dir", "data.cache_gb", "data.retry_seconds", "data.max_corrupt", "data.val_corrupt")
 OBSERVERS: dict[str, Callable[..., Any]] = {
     "model": of_network,
     "optim": of_optimiser,
@@ -220,20 +251,20 @@ def test_the_list_is_complete() -> None:
 
 @pytest.mark.parametrize("key", CHANGES)
 def test_every_key_changes_something(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    if key in FAULTS:
+        monkeypatch.setattr(stream, "MEMORY_BYTES", 0)  # as if the shipped images were too many to hold
     path = tmp_path / "base.yaml"
     path.write_text(BASE)
     section = key.partition(".")[0]
 
     def observed(overrides: dict[str, str]) -> Any:
-        monkeypatch.delenv("XCEPTION_PL_RUN_FOLDER", raising=False)
         try:
             recipe = load_recipe(path, overrides)
         except Exception as error:  # a refusal is an effect too
             return str(error)
-        if section in OBSERVERS:
+        if section in OBSERVERS and key not in FAULTS:
             return OBSERVERS[section](recipe)
-        observer = {"trainer": of_trainer, "run": of_run}[section]
+        observer = {"trainer": of_trainer, "run": of_run, "data": of_faults}[section]
         return observer(recipe, tmp_path / "run")
 
     value, needed = CHANGES[key]

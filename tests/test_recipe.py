@@ -11,7 +11,7 @@ from xception_pl.commands import split_arguments
 from xception_pl.fit import main
 from xception_pl.recipe import RecipeError, load_recipe, recipe_from_plain, schema, to_plain
 
-RECIPES = sorted(Path("recipes").rglob("*.yaml"))
+RECIPES = sorted(path for path in Path("recipes").rglob("*.yaml") if path.parent.name != "ablations")
 
 
 def problems_of(tmp_path: Path, text: str, *overrides: str) -> list[str]:

@@ -30,7 +30,7 @@ def test_pins_name_versions_and_no_place() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *map(str, Path("docs").glob("*.md"))]
+    "document", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", *map(str, Path("docs").rglob("*.md"))]
 )
 def test_links_in_documents_lead_somewhere(document: str) -> None:
     path = Path(document)

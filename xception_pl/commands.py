@@ -51,7 +51,13 @@ class Arguments:
         return recipe
 
 
-def split_arguments(argv: Sequence[str], *, flags: Sequence[str] = (), options: Sequence[str] = ()) -> Arguments:
+def split_arguments(
+    argv: Sequence[str],
+    *,
+    flags: Sequence[str] = (),
+    options: Sequence[str] = (),
+    example: str = "recipes/quickstart.yaml",
+) -> Arguments:
     """Splits `RECIPE [--flag] [--option VALUE] [--key.sub=value …]`; `Arguments.load` reports what is wrong.
 
     argparse stops at the first mistake; this collects them all, and names the nearest key.
@@ -84,10 +90,7 @@ def split_arguments(argv: Sequence[str], *, flags: Sequence[str] = (), options: 
     if len(recipes) != 1:
         problems.insert(
             0,
-            f"one recipe is needed, for example recipes/quickstart.yaml, not {len(recipes)}: {' '.join(recipes)}".rstrip(
-                ": "
-            )
-            + ".",
+            f"one recipe is needed, for example {example}, not {len(recipes)}: {' '.join(recipes)}".rstrip(": ") + ".",
         )
     arguments.recipe = recipes[0] if recipes else ""
     return arguments

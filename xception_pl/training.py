@@ -8,6 +8,8 @@ from lightning.pytorch import Trainer
 
 from xception_pl.build import build_data, build_module, build_trainer, find_devices, load_for_resume
 from xception_pl.commands import FAILED, Arguments
+from xception_pl.data import native
+from xception_pl.data.config import idle_augment
 from xception_pl.data.datamodule import ImageNetDataModule
 from xception_pl.data.errors import DataError
 from xception_pl.module import XceptionModule
@@ -46,6 +48,11 @@ class Prepared:
             learning_rate=self.module.learning_rate,
             folder=f"{self.folder}/",
         )
+        lines += [f"warning   {sentence}" for sentence in idle_augment(self.plan.recipe.data)]
+        try:
+            native.load()  # here, once: loader workers find it made
+        except native.Unavailable as reason:
+            lines.append(f"warning   images are decoded by Pillow, several times slower: {reason}")
         return lines + [f"changed   {line}" for line in self.changed]
 
 

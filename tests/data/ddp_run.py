@@ -1,19 +1,24 @@
 """Run by test_ddp in processes of its own: trains a tracer on some ranks and writes down what each of them saw.
 
-python -m tests.data.ddp_run WORLD FOLDER
+python -m tests.data.ddp_run WORLD FOLDER [corrupt]
+
+With `corrupt`, one image of the last rank's first batch cannot be decoded and each rank writes down how its run ended.
 """
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tests.data.tracing import SaveAt, Tracer, table, trainer
 from xception_pl.data.config import DataConfig
 from xception_pl.data.datamodule import ImageNetDataModule
+from xception_pl.data.plan import EpochPlan
 
 STEPS, EPOCHS = 8, 2
 
@@ -41,10 +46,26 @@ def fit(folder: Path, data: ImageNetDataModule, world: int, **options: Any) -> T
     return tracer
 
 
+def end_with_a_corrupt_image(world: int, folder: Path) -> None:
+    made = table(48)
+    # of the last rank: rank 0 holds the store through which the others learn of it
+    bad = EpochPlan(np.ones(48, np.int64), seed=1, epoch=0, global_batch=24).micro_batch(0, world - 1, world)[0]
+    made = made.map(lambda row, i: {"image": {"bytes": b"", "path": None}} if i == bad else row, with_indices=True)
+    data = ImageNetDataModule(config(folder, workers=0), seed=1, train=made, val=table(4))
+    try:
+        fit(folder, data, world)
+    except Exception as error:
+        rank = os.environ.get("LOCAL_RANK", "0")
+        (folder / f"end of rank {rank}").write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
 def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     world, folder = int(sys.argv[1]), Path(sys.argv[2])
+    if sys.argv[3:] == ["corrupt"]:
+        end_with_a_corrupt_image(world, folder)
     seen: dict[str, Any] = {}
     rank = 0
     for workers in (0, 2, 3):

@@ -35,6 +35,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, list[di
         yield {world: launch(world, folder, hub) for world in (1, 2, 3)}
 
 
+def test_one_ranks_data_error_ends_all_ranks_with_the_same_sentence(tmp_path: Path) -> None:
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "tests.data.ddp_run", "2", str(tmp_path), "corrupt"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode != 0
+    ends = [(tmp_path / f"end of rank {rank}").read_text() for rank in range(2)]
+    assert ends[0] == ends[1]
+    assert ends[0].startswith("DataError: 1 images of the train dataset given cannot be decoded")
+
+
 def together(ranks: list[dict[str, Any]], name: str) -> list[list[int]]:
     """Global batches: the ranks' micro-batches side by side."""
     assert len({len(rank[name]["train"]) for rank in ranks}) == 1

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 
+from xception_pl.data.agree import tell_others, told_by_others
 from xception_pl.data.ahead import FillAhead, NodeNeeds
 from xception_pl.data.augment import DeviceAugment
 from xception_pl.data.batches import Batch, EvalBatches, Format, Position, TrainBatches
@@ -295,6 +296,13 @@ class ImageNetDataModule(pl.LightningDataModule):
             self._ahead.training_at(position[0], position[1] // self.accumulate)
 
         return told
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Let all ranks end with the sentence of the one whose data failed, not with their broken connections to it."""
+        if isinstance(exception, DataError):
+            tell_others(exception)
+        elif isinstance(exception, RuntimeError) and (told := told_by_others()) is not None:
+            raise told from exception
 
     def teardown(self, stage: str | None = None) -> None:
         """End the process that fills the cache; tell the reads that had to be tried again."""

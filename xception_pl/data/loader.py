@@ -1,7 +1,13 @@
 """The loader that Lightning iterates: finite, without state of its own, always where the trainer is."""
 
+import atexit
+import functools
 import itertools
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.synchronize import Event
 from typing import Any
 
 import torch
@@ -65,6 +71,7 @@ class PlannedLoader:
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=functools.partial(_leave_signals_to_the_trainer, _closing()) if workers else None,
         )
         self._iterator: Iterator[Any] | None = None  # under this name Lightning finds and stops the workers
         self._next: Position | None = None
@@ -85,6 +92,10 @@ class PlannedLoader:
         if self._iterator is None or self._next != position:
             self._sampler.start = position
             self._iterator = iter(self._loader)
+            if self._loader.num_workers and threading.current_thread() is threading.main_thread():
+                # torch's handler raises for a dead worker wherever the trainer is, in the middle of a save too; without
+                # it the next batch raises, within five seconds.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         epoch, index = position
         self._next = (epoch, index + 1) if index + 1 < len(self) else (epoch + 1, 0)
         try:
@@ -121,6 +132,23 @@ class PlannedLoader:
             )
         if self._on_resume is not None:
             self._on_resume(state.get("accumulate", self._accumulate))
+
+
+@functools.cache
+def _closing() -> Event:
+    """An event that is set when this process ends, before its children are told to."""
+    event = torch.multiprocessing.get_context().Event()
+    atexit.register(event.set)  # multiprocessing registered its own, which ends the workers, earlier: it runs later
+    return event
+
+
+def _leave_signals_to_the_trainer(closing: Event, worker: int) -> None:
+    """A worker's signals: Ctrl-C and a scheduler's SIGTERM go to every process, and the trainer needs workers to save.
+
+    A worker ends when it is told so, when its parent is gone (torch looks), or on SIGTERM once the parent is closing.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else None)
 
 
 class _From(Sampler[Position]):

@@ -47,11 +47,11 @@ def crop_jpeg(
     library, _ = _try_load()
     if library is None:
         return None
-    out = np.empty((size, size, 3), np.uint8)
+    room = np.empty(size * size * 3 + 16, np.uint8)  # crop.c writes whole vectors
     failed = library.crop_jpeg(
-        data, len(data), (ctypes.c_double * 4)(*box), context, scaled, size, bicubic, flip, out.ctypes.data
+        data, len(data), (ctypes.c_double * 4)(*box), context, scaled, size, bicubic, flip, room.ctypes.data
     )
-    return None if failed else out
+    return None if failed else room[:-16].reshape(size, size, 3)
 
 
 def load() -> ctypes.CDLL:

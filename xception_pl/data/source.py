@@ -7,6 +7,7 @@ mapped from Arrow files (an image folder is one too: its rows hold paths), where
 
 import difflib
 import functools
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -173,6 +174,7 @@ def _hub_builder(source: str, revision: str | None) -> "datasets.DatasetBuilder"
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
     try:
+        _knock()
         return load_dataset_builder(source, revision=revision)
     except DatasetNotFoundError as error:
         if "gated" in str(error):
@@ -192,6 +194,25 @@ def _hub_builder(source: str, revision: str | None) -> "datasets.DatasetBuilder"
         ) from error
     except (DatasetsError, HFValidationError, FileNotFoundError) as error:
         raise DataError(f"data.source {source} cannot be opened: {str(error).splitlines()[0].rstrip('.')}.") from error
+
+
+def _knock() -> None:
+    """Raises ConnectionError within seconds where there is no network: `datasets` would try for half a minute."""
+    from huggingface_hub import constants, get_session
+
+    for attempt in (1, 2, 3):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=10)
+            return
+        except Exception as error:
+            # the hub's client went from requests to httpx to httpx2: known by the names of their errors
+            if not {"ConnectError", "ConnectTimeout", "ConnectionError"} & {
+                kind.__name__ for kind in type(error).__mro__
+            }:
+                raise
+            if attempt == 3:
+                raise ConnectionError(str(error)) from error
+            time.sleep(1)
 
 
 def _outfits_split(split: str, image_column: str, label_column: str) -> Split:

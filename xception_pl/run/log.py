@@ -78,6 +78,9 @@ class _Clock:
     On a GPU the host runs ahead: waiting counts only where the host itself waits.
     """
 
+    def __init__(self) -> None:
+        self.restart()
+
     def restart(self) -> None:
         self._start = self._mark = time.perf_counter()
         self._waited = 0.0
