@@ -181,12 +181,12 @@ def test_the_modern_recipe_gives_the_source_of_each_value() -> None:
 def test_the_small_set_runs_the_whole_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = os.path.abspath("recipes/jft/sample.yaml")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XCEPTION_PL_RUN_FOLDER", str(tmp_path / "run"))
     short = ["--trainer.max_steps=3", "--trainer.limit_val_batches=1", "--model.width=0.125", "--data.workers=0"]
     assert main([recipe, *short, "--model.middle_blocks=1", "--trainer.enable_progress_bar=false"]) == 0
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    (folder,) = (tmp_path / "runs" / "sample").iterdir()
+    results = json.loads((folder / "results.json").read_text())
     assert 0 < results["val_map100"] <= 1
-    module = XceptionModule.load_from_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    module = XceptionModule.load_from_checkpoint(folder / "checkpoints" / "last.ckpt", weights_only=True)
     weights = module.hparams["class_weights"]
     assert len(weights) == 10
     assert all(800 < weight < 1000 for weight in weights)  # 4,000 pictures of 2.5 garments of 10 kinds, fewer distinct
@@ -220,7 +220,6 @@ def test_one_sentence_for_each_mistake(
 ) -> None:
     recipe = os.path.abspath("recipes/jft/sample.yaml")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XCEPTION_PL_RUN_FOLDER", str(tmp_path / "run"))
     with pytest.raises(SystemExit) as ended:
         main([recipe, *overrides])
     errors = capsys.readouterr().err
@@ -242,7 +241,6 @@ def test_a_label_outside_the_classes(
         table.to_parquet(tmp_path / "set" / f"{split}.parquet")
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XCEPTION_PL_RUN_FOLDER", str(tmp_path / "run"))
     with pytest.raises(SystemExit) as ended:
         main([recipe, "--data.source=set"])
     assert ended.value.code == 2
@@ -260,13 +258,13 @@ def test_the_small_set_is_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """As its recipe says: 0.896 over three seeds, and what scores without knowledge get."""
     recipe = os.path.abspath("recipes/jft/sample.yaml")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XCEPTION_PL_RUN_FOLDER", str(tmp_path / "run"))
     assert main([recipe, "--trainer.enable_progress_bar=false"]) == 0
-    module = XceptionModule.load_from_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    (folder,) = (tmp_path / "runs" / "sample").iterdir()
+    module = XceptionModule.load_from_checkpoint(folder / "checkpoints" / "last.ckpt", weights_only=True)
     chance = MeanAveragePrecisionAtK(module.hparams["class_weights"])
     targets = torch.zeros(1000, 10)
     for row, labels in enumerate(outfits("test")["label"]):
         targets[row, labels] = 1
     chance.update(torch.rand(1000, 10, generator=torch.Generator().manual_seed(0)), targets)
     assert chance.compute() == pytest.approx(0.387, abs=0.015)
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["val_map100"] > 0.86
+    assert json.loads((folder / "results.json").read_text())["val_map100"] > 0.86
