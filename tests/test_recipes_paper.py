@@ -181,12 +181,12 @@ def test_the_modern_recipe_gives_the_source_of_each_value() -> None:
 def test_the_small_set_runs_the_whole_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = os.path.abspath("recipes/jft/sample.yaml")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XCEPTION_PL_RUN_FOLDER", str(tmp_path / "run"))
     short = ["--trainer.max_steps=3", "--trainer.limit_val_batches=1", "--model.width=0.125", "--data.workers=0"]
     assert main([recipe, *short, "--model.middle_blocks=1", "--trainer.enable_progress_bar=false"]) == 0
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    (folder,) = (tmp_path / "runs" / "sample").iterdir()
+    results = json.loads((folder / "results.json").read_text())
     assert 0 < results["val_map100"] <= 1
-    module = XceptionModule.load_from_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    module = XceptionModule.load_from_checkpoint(folder / "checkpoints" / "last.ckpt", weights_only=True)
     weights = module.hparams["class_weights"]
     assert len(weights) == 10
     assert all(800 < weight < 1000 for weight in weights)  # 4,000 pictures of 2.5 garments of 10 kinds, fewer distinct
@@ -220,7 +220,6 @@ def test_one_sentence_for_each_mistake(
 ) -> None:
     recipe = os.path.abspath("recipes/jft/sample.yaml")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XCEPTION_PL_RUN_FOLDER", str(tmp_path / "run"))
     with pytest.raises(SystemExit) as ended:
         main([recipe, *overrides])
     errors = capsys.readouterr().err
@@ -242,7 +241,6 @@ def test_a_label_outside_the_classes(
         table.to_parquet(tmp_path / "set" / f"{split}.parquet")
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XCEPTION_PL_RUN_FOLDER", str(tmp_path / "run"))
     with pytest.raises(SystemExit) as ended:
         main([recipe, "--data.source=set"])
     assert ended.value.code == 2
