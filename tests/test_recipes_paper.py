@@ -12,6 +12,7 @@ from torch import nn
 
 from xception_pl.data.outfits import outfits
 from xception_pl.fit import main
+from xception_pl.metrics import MeanAveragePrecisionAtK
 from xception_pl.module import XceptionModule
 from xception_pl.nets.config import ModelConfig
 from xception_pl.nets.create import create_network
@@ -67,8 +68,7 @@ def test_a_recipe_builds_its_network(path: str) -> None:
     assert recipe.data.image_size == SIZES[path]
     assert not [name for name, _ in network.named_modules() if "aux" in name.lower()]
     images = torch.empty(2, recipe.model.in_chans, recipe.data.image_size, recipe.data.image_size, device="meta")
-    assert network.train()(images).shape == (2, recipe.model.num_classes)
-    assert network.eval()(images).shape == (2, recipe.model.num_classes)
+    assert network(images).shape == (2, recipe.model.num_classes)
 
 
 @pytest.mark.parametrize("path", PARAMETERS)
@@ -251,3 +251,20 @@ def test_a_label_outside_the_classes(
     assert main([recipe, "--data.source=set", "--data.class_weights=null", *short]) == 1
     expected = "error: Row 7 of split 'train' of set has label 12: the network has 10 classes."
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")] == [expected]
+
+
+@pytest.mark.slow
+def test_the_small_set_is_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its recipe says: 0.896 over three seeds, and what scores without knowledge get."""
+    recipe = os.path.abspath("recipes/jft/sample.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XCEPTION_PL_RUN_FOLDER", str(tmp_path / "run"))
+    assert main([recipe, "--trainer.enable_progress_bar=false"]) == 0
+    module = XceptionModule.load_from_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    chance = MeanAveragePrecisionAtK(module.hparams["class_weights"])
+    targets = torch.zeros(1000, 10)
+    for row, labels in enumerate(outfits("test")["label"]):
+        targets[row, labels] = 1
+    chance.update(torch.rand(1000, 10, generator=torch.Generator().manual_seed(0)), targets)
+    assert chance.compute() == pytest.approx(0.387, abs=0.015)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["val_map100"] > 0.86

@@ -162,6 +162,8 @@ SETTINGS = (
     _set("ImageNet: dropout", "section 4.3", "model.dropout", 0.5, *_IMAGENET),
     _set("JFT: dropout", "section 4.3", "model.dropout", 0, *_JFT),
     _set("input size in pixels", "Figure 5", "data.image_size", 299, *_IMAGENET, *_JFT),
+    _set("GPUs", "section 4.4", "trainer.devices", 60, *_IMAGENET, *_JFT),
+    _set("JFT: iterations", "section 4.5", "trainer.max_steps", 30_000_000, *_JFT),
     _set("JFT: classes", "section 4.1", "model.num_classes", 17_000, *_JFT),
 )
 
