@@ -55,7 +55,11 @@ class ProgressLine(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self._started:
-            results = [f"{name} {value:.4f}" for name, value in self.run_log.latest.items() if name.startswith("val_")]
+            results = [
+                f"{name} {value:.4f}"
+                for name, value in self.run_log.latest.items()
+                if name.startswith("val_") and name != "val_images"
+            ]
             where = f"step {trainer.global_step}/{_total_steps(trainer)}"
             self._console.print(f"{where}  {'  '.join(results)}", highlight=False, soft_wrap=True)
 
