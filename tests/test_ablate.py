@@ -342,7 +342,7 @@ def test_ctrl_c_saves_the_run_and_the_same_command_goes_on() -> None:
     assert f"go on with: {shlex.join(['python', *command[1:]])}" in printed
     cell = load_ablation("tiny.yaml", {"trainer.limit_train_batches": "60"}).cells[0]
     interrupted = find_state(cell)
-    assert interrupted.word == "interrupted"
+    assert interrupted.word == "begun"
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
     assert find_state(cell) == State(folder=interrupted.folder, finished=True)
 
@@ -388,7 +388,10 @@ def test_a_failed_run_is_reported_and_the_others_go_on(pretended: Any, capsys: p
         )
     ]
     assert Path("runs/ablations/tiny/deep-seed5.log").read_text().startswith("RUN None")
-    assert "Not finished: shallow, seed 3." in Path("runs/ablations/tiny/report.md").read_text()
+    assert (
+        "Not finished: shallow, seed 3; deep, seed 5; shallow, seed 5."
+        in Path("runs/ablations/tiny/report.md").read_text()
+    )
 
 
 def test_a_run_of_another_process_is_left_alone(pretended: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -495,9 +498,9 @@ def test_differences_are_paired_by_seed() -> None:
     ) in report
     for line in (
         "- shallow against deep, seed by seed: 0 above, 2 below.",
-        "n = 2 is small: were there no effect, 2 differences would still agree in sign with a chance of 50%.",
+        "n = 2 is small: were there no effect, 2 differences would still agree in sign with a chance of 50.0%.",
         "Not finished: shallow, seed 7.",
-        "Every run: `base.yaml` with `run.tensorboard: false`, `optim.momentum: 0.8`; seed by seed:",
+        "Every run: `base.yaml` with `run.tensorboard: false`, `optim.momentum: 0.8`; the variants:",
         "- shallow: `model.middle_blocks: 0`",
         "Measured on CPU, 1 of 2 cores; Python 3.11.7, torch 2.15.0, lightning 2.6.6, numpy 2.4.6, commit 0123456789ab (5 runs).",
     ):

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from xception_pl.metrics import MeanAveragePrecisionAtK
@@ -90,7 +90,7 @@ class XceptionModule(LightningModule):
                 f"top{k}": MulticlassAccuracy(classes, average="micro", top_k=min(k, classes), validate_args=False)
                 for k in (1, 5)
             }
-        return nn.ModuleDict({"loss": MeanMetric(), **scores})
+        return nn.ModuleDict({"loss": MeanMetric(), "images": SumMetric(), **scores})
 
     @property
     def evaluated(self) -> nn.Module:
@@ -211,5 +211,7 @@ def _update(metrics: nn.ModuleDict, loss: Tensor, logits: Tensor, labels: Tensor
     for name, metric in _each(metrics):
         if name == "loss":
             metric.update(loss, weight=len(labels))
+        elif name == "images":
+            metric.update(len(labels))
         else:
             metric.update(logits, labels)

@@ -149,7 +149,7 @@ def _results(prepared: Prepared, log: RunLog) -> list[str]:
     """The final table."""
     names = {"val_top1": "top-1", "val_top5": "top-5", "val_map100": "MAP@100", "val_loss": "loss"}
     which = "averaged weights" if prepared.module.average is not None else "weights (averaging is off)"
-    lines = ["", f"{which}, {prepared.plan.val_images:,} held-out images"]
+    lines = ["", f"{which}, {log.latest['val_images']:,.0f} held-out images"]
     for name, label in names.items():
         if name in log.latest:
             value = log.latest[name]

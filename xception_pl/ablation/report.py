@@ -27,7 +27,8 @@ def write_report(ablation: Ablation, states: Sequence[State], path: Path, *, com
     path.with_suffix(".json").write_text(json.dumps(_numbers(ablation, found), indent=2) + "\n", encoding="utf-8")
     cells = _cells(ablation, found)
     reading = _reading(ablation, found)
-    missing = [f"Not finished: {text}." for text in _missing(ablation, states)]
+    names = _missing(ablation, states)
+    missing = [f"Not finished: {'; '.join(names)}."] if names else []
     measured = [
         _BEGIN,
         f"`{command}`",
@@ -99,10 +100,12 @@ def _reading(ablation: Ablation, found: Sequence[Row]) -> list[str]:
         "(n − 1), not of the mean. Differences are paired: a seed gives all variants the same images in the same order. "
         "Step times are medians within the runs; they compare only if the machine did nothing else.",
     ]
-    if pairs:
+    if pairs == 1:
+        lines.append("n = 1 shows no spread: nothing here can be told from noise.")
+    elif pairs:
         lines.append(
-            f"n = {pairs} is small: were there no effect, {pairs} differences would still agree in sign with a chance of "
-            f"{2.0 ** (1 - pairs):.0%}."
+            f"n = {pairs} is small: were there no effect, {pairs} differences would still "
+            f"agree in sign with a chance of {2.0 ** (1 - pairs):.1%}."
         )
     return lines
 
@@ -114,7 +117,7 @@ def _missing(ablation: Ablation, states: Sequence[State]) -> list[str]:
 def _variants(ablation: Ablation) -> list[str]:
     """What was run, in the file's own words."""
     common = ", ".join(f"`{name}: {as_text(value)}`" for name, value in ablation.common.items() if name != "run.folder")
-    lines = [f"Every run: `{ablation.base}`" + (f" with {common}" if common else "") + "; seed by seed:", ""]
+    lines = [f"Every run: `{ablation.base}`" + (f" with {common}" if common else "") + "; the variants:", ""]
     for name, changes in ablation.variants.items():
         text = ", ".join(f"`{key}: {as_text(value)}`" for key, value in changes.items())
         lines.append(f"- {name}: {text or 'nothing else'}")

@@ -30,7 +30,7 @@ class State:
 
     @property
     def word(self) -> str:
-        return "finished" if self.finished else "interrupted" if self.folder else "not begun"
+        return "finished" if self.finished else "begun" if self.folder else "not begun"
 
     def results(self) -> dict[str, float]:
         """The final numbers of a finished run."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from xception_pl.data.datamodule import ImageNetDataModule
 from xception_pl.module import XceptionModule
 from xception_pl.run.metrics_csv import MetricsCsv
 
@@ -58,9 +59,18 @@ class RunLog(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         row = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
+        self._check_count(trainer, row["val_images"])
         self._write(trainer, row)
         self.validated_step = trainer.global_step
         self._clock.skip()
+
+    def _check_count(self, trainer: Trainer, counted: float) -> None:
+        """Each held-out image counts once, on however many ranks: the sum over all of them says so."""
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, ImageNetDataModule) or data.config.val_corrupt == "skip":
+            return
+        if trainer.limit_val_batches == 1.0 and counted != data.val_images:
+            raise RuntimeError(f"the validation counted {counted:.0f} images, but the split has {data.val_images}")
 
     def _write(self, trainer: Trainer, row: dict[str, float]) -> None:
         self.latest |= row
