@@ -26,7 +26,7 @@ from xception_pl.optim.schedules import learning_rate
 
 
 class XceptionModule(LightningModule):
-    """Trains a network as the paper does (section 4.3) and evaluates its averaged weights.
+    """Trains a network as the paper does (sections 4.2 and 4.3) and evaluates its averaged weights.
 
     Batches are dictionaries: `image` float (B, C, S, S) in [-1, 1], `label` int64 (B,) or multi-hot (B, K),
     optionally `target` soft labels (B, K) for the loss, and in evaluation `valid` bool (B,).

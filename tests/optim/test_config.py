@@ -80,7 +80,7 @@ def test_all_mistakes_come_at_once() -> None:
 
 
 def test_defaults_are_the_papers_for_imagenet() -> None:
-    """Section 4.3, and TF-Slim's rho and eps."""
+    """Section 4.2, and TF-Slim's rho and eps."""
     defaults = {field.name: field.default for field in fields(OptimConfig)}
     paper = {"name": "sgd", "lr": 0.045, "momentum": 0.9, "decay_rate": 0.94, "decay_every_epochs": 2.0, "l2": 1e-5}
     assert defaults | paper | {"rho": 0.9, "eps": 1.0} == defaults

@@ -15,7 +15,7 @@ class ModelConfig:
     in_chans: int = 3
     """Channels of the input image: 3 for colour, 1 for grayscale."""
     dropout: float = 0.5
-    """Probability of dropping a feature before the logistic layer (section 4.2)."""
+    """Probability of dropping a feature before the logistic layer (section 4.3)."""
     width: float = 1.0
     """Multiplies every channel count of Figure 5 (xception only)."""
     channel_multiple: int = 8

@@ -1,4 +1,4 @@
-"""Polyak averaging, as TensorFlow's ExponentialMovingAverage: the weights that the paper evaluates (Section 4.3)."""
+"""Polyak averaging, as TensorFlow's ExponentialMovingAverage: the weights that the paper evaluates (Section 4.2)."""
 
 import copy
 from typing import Any

@@ -7,7 +7,7 @@ from typing import Literal
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """Optimiser, schedule, L2, loss and weight averaging. Defaults are the paper's for ImageNet (Section 4.3)."""
+    """Optimiser, schedule, L2, loss and weight averaging. Defaults are the paper's for ImageNet (sections 4.2 and 4.3)."""
 
     name: Literal["sgd", "rmsprop"] = "sgd"
     """Optimiser; `rmsprop` has TensorFlow's semantics."""

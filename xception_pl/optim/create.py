@@ -40,7 +40,7 @@ def parameter_groups(network: nn.Module, config: OptimConfig) -> list[dict[str, 
 
 
 def create_optimizer(config: OptimConfig, network: nn.Module) -> Optimizer:
-    """The recipe's optimiser over the network's trainable parameters (Section 4.3).
+    """The recipe's optimiser over the network's trainable parameters (Section 4.2).
 
     - `sgd`: `v = momentum * v + g; p -= lr * v`, the same in TensorFlow and PyTorch.
     - `rmsprop`: TensorFlow's, which PyTorch's is not. The mean square starts at 1, eps stands inside the root, and the

@@ -16,9 +16,9 @@ def learning_rate(
 
     - `staircase` by epochs: `lr * decay_rate ** floor(s / decay_steps)` with TF-Slim's
       `decay_steps = int(images_per_epoch * decay_every_epochs / global_batch)`: TensorFlow's `exponential_decay`
-      (Section 4.3, ImageNet);
+      (Section 4.2, ImageNet);
     - `staircase` by samples: the exponent is `floor(s * global_batch / decay_every_samples)`, in integers. Nothing is
-      rounded to whole steps: the stairs fall where the images say (Section 4.3, JFT);
+      rounded to whole steps: the stairs fall where the images say (Section 4.2, JFT);
     - `cosine`: half a cosine from `lr` to `final_lr`, which is reached after the last of `total_steps`;
     - `constant`: `lr`.
 
