@@ -71,6 +71,7 @@ def of_data(recipe: Recipe) -> Any:
     data = build_data(recipe)
     try:
         train, val = data.train_dataloader(), data.val_dataloader()
+        weights = data.class_weights()
     except ValueError as error:
         return str(error)
     loading = [(len(x), x._loader.num_workers, x._loader.prefetch_factor) for x in (train, val)]
@@ -78,9 +79,11 @@ def of_data(recipe: Recipe) -> Any:
         return loading
     device = DeviceAugment(recipe.data, recipe.model.num_classes)
     batches = [device(next(iter(train)), True), device(next(iter(val)), False)]
-    return loading, [
-        {name: (value.shape, hash(value.numpy().tobytes())) for name, value in batch.items()} for batch in batches
-    ]
+    return (
+        loading,
+        weights,
+        [{name: (value.shape, hash(value.numpy().tobytes())) for name, value in batch.items()} for batch in batches],
+    )
 
 
 def of_faults(recipe: Recipe, folder: Path) -> Any:
@@ -184,6 +187,7 @@ CHANGES: dict[str, tuple[str, dict[str, str]]] = {
     "data.val_split": ("train", {}),
     "data.image_column": ("picture", {}),
     "data.label_column": ("class", {}),
+    "data.class_weights": ("frequency", {"optim.loss": "sigmoid", "data.source": "sample-outfits"}),
     "data.train_images": ("5", {}),
     "data.val_images": ("5", {}),
     "data.image_size": ("75", {}),
@@ -254,7 +258,6 @@ def test_every_key_changes_something(key: str, tmp_path: Path, monkeypatch: pyte
     section = key.partition(".")[0]
 
     def observed(overrides: dict[str, str]) -> Any:
-        monkeypatch.delenv("XCEPTION_PL_RUN_FOLDER", raising=False)
         try:
             recipe = load_recipe(path, overrides)
         except Exception as error:  # a refusal is an effect too

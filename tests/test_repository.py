@@ -15,7 +15,8 @@ import xception_pl
 
 
 def test_the_citation_is_valid() -> None:
-    done = subprocess.run([sys.executable, "-m", "cffconvert", "--validate"], capture_output=True, text=True)
+    command = [Path(sys.executable).with_name("cffconvert"), "--validate"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(Path("CITATION.cff").read_text())["version"] == xception_pl.__version__
 

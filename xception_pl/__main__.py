@@ -2,6 +2,7 @@
 
 COMMANDS = {
     "fit": "train what a recipe describes",
+    "reproduce": "each claim of the paper beside what finished runs measured",
     "ablate": "run and compare variants of a recipe over seeds",
     "spectrum": "cost of each number of channel segments, from Inception to Xception",
     "bench": "measure decoding and data loading beside timm and torchvision",

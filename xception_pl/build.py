@@ -34,7 +34,12 @@ def build_data(recipe: Recipe) -> ImageNetDataModule:
 
 
 def build_module(
-    recipe: Recipe, *, images_per_epoch: int | None, total_steps: int | None, class_names: list[str] | None = None
+    recipe: Recipe,
+    *,
+    images_per_epoch: int | None,
+    total_steps: int | None,
+    class_names: list[str] | None = None,
+    class_weights: list[float] | None = None,
 ) -> XceptionModule:
     """The network and its training; weights follow from the recipe's seed."""
     torch.manual_seed(recipe.seed)
@@ -45,6 +50,7 @@ def build_module(
         global_batch=recipe.data.global_batch,
         total_steps=total_steps or 1,
         class_names=class_names,
+        class_weights=class_weights,
         preprocessing={"image_size": recipe.data.image_size, "eval_crop": recipe.data.eval_crop},
     )
 

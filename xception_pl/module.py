@@ -38,6 +38,7 @@ class XceptionModule(LightningModule):
         global_batch: Images an optimiser step, over all devices.
         total_steps: Optimiser steps of the whole training, the length of a cosine schedule.
         class_names: Names of the classes, kept with the weights.
+        class_weights: Weights of the classes in MAP@100; None for equal ones.
         preprocessing: How evaluation images were prepared (`image_size`, `eval_crop`), kept with the weights.
     """
 
@@ -50,6 +51,7 @@ class XceptionModule(LightningModule):
         global_batch: int = 256,
         total_steps: int = 500_000,
         class_names: list[str] | None = None,
+        class_weights: list[float] | None = None,
         preprocessing: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -65,6 +67,7 @@ class XceptionModule(LightningModule):
                 "global_batch": global_batch,
                 "total_steps": total_steps,
                 "class_names": class_names,
+                "class_weights": class_weights,
                 "preprocessing": preprocessing,
             }
         )
@@ -80,7 +83,7 @@ class XceptionModule(LightningModule):
     def _metrics(self) -> nn.ModuleDict:
         scores: dict[str, nn.Module]
         if self.optim_config.loss == "sigmoid":
-            scores = {"map100": MeanAveragePrecisionAtK()}
+            scores = {"map100": MeanAveragePrecisionAtK(self.hparams["class_weights"])}
         else:
             classes = self.model_config.num_classes
             scores = {

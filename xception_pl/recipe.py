@@ -139,6 +139,11 @@ def check(recipe: Recipe, skip: Collection[str] = ()) -> list[str]:
         "run": run_config.check_run(recipe.run),
     }
     problems = [problem for section, sentences in found.items() if section not in skip for problem in sentences]
+    if recipe.data.class_weights is not None and recipe.optim.loss != "sigmoid" and not {"data", "optim"} & set(skip):
+        problems.append(
+            f"data.class_weights weighs the classes of label lists, and optim.loss {recipe.optim.loss} has one label an "
+            "image: leave it out or set optim.loss to sigmoid."
+        )
     if not problems and not skip and recipe.trainer.devices != "auto":
         problems += check_batch(recipe, recipe.trainer.devices)
     return problems

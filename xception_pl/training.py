@@ -73,9 +73,11 @@ def prepare(recipe: Recipe, *, resume: str | None = None, dry_run: bool = False)
     unchecked = missing if dry_run else []
     images: tuple[int | None, int | None]
     class_names: list[str] | None
+    class_weights: list[float] | None = None
     try:
         data.prepare()
         images, class_names = (data.train_images, data.val_images), list(data.class_names)
+        class_weights = data.class_weights()
     except DataError as error:
         if not dry_run or recipe.data.train_images is None:
             raise
@@ -94,7 +96,11 @@ def prepare(recipe: Recipe, *, resume: str | None = None, dry_run: bool = False)
         plan=plan,
         data=data,
         module=build_module(
-            recipe, images_per_epoch=plan.train_images, total_steps=plan.total_steps, class_names=class_names
+            recipe,
+            images_per_epoch=plan.train_images,
+            total_steps=plan.total_steps,
+            class_names=class_names,
+            class_weights=class_weights,
         ),
         folder=folder or planned_folder(recipe),
         accelerator=accelerator,

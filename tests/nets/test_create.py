@@ -43,7 +43,7 @@ CHANGED = {
 
 
 def test_every_option_reaches_xception() -> None:
-    options = {f.name for f in fields(ModelConfig)} - {"name", "channels_last", "compile"}
+    options = {f.name for f in fields(ModelConfig)} - {"name", "channels_last", "compile", "bn_momentum"}
     assert set(CHANGED) == options
     for key, value in CHANGED.items():
         direct = {key: value}
@@ -54,6 +54,13 @@ def test_every_option_reaches_xception() -> None:
         assert network.feature_info == expected.feature_info
         different = repr(network) != repr(on_meta(ModelConfig()))
         assert different or network.grad_checkpointing or network.feature_info[-1]["reduction"] == 16, key
+
+
+@pytest.mark.parametrize(("name", "own"), [("xception", 0.01), ("resnet10t", 0.1)])
+def test_batch_norms_momentum_is_the_networks_own_unless_given(name: str, own: float) -> None:
+    for given, expected in ((None, own), (0.2, 0.2)):
+        network = on_meta(ModelConfig(name=name, bn_momentum=given))
+        assert {m.momentum for m in network.modules() if isinstance(m, nn.BatchNorm2d)} == {expected}
 
 
 @pytest.mark.parametrize(
@@ -111,6 +118,39 @@ def test_xceptions_options_are_refused_on_another_network() -> None:
     for key in XCEPTION_ONLY:
         with pytest.raises(ValueError, match=f"^{key}: only xception"):
             create_network(replace(ModelConfig(name="resnet18"), **{key: CHANGED[key]}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "size"), [("inception_v3", 96), ("resnet18", 64), ("vgg11", 64)])
+def test_fully_connected_layers_before_a_timm_networks_logistic_layer(name: str, size: int) -> None:
+    """As in Xception: linear with bias, ReLU, and one dropout before the last layer."""
+    with torch.device("meta"):
+        plain = create_network(ModelConfig(name=name, num_classes=7))
+        network = create_network(ModelConfig(name=name, num_classes=7, fc_units=(48, 32), dropout=0.25))
+    features = plain.get_classifier().in_features
+    added = features * 48 + 48 + 48 * 32 + 32 + 32 * 7 + 7
+    assert parameters(network) == parameters(plain) - (features * 7 + 7) + added
+    assert network.train()(torch.empty(2, 3, size, size, device="meta")).shape == (2, 7)
+    head = network.get_classifier()
+    kinds = [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Dropout, nn.Linear]
+    assert [type(layer) for layer in head] == kinds
+    assert head[4].p == 0.25
+    assert {module.p for module in network.modules() if isinstance(module, nn.Dropout) and module is not head[4]} <= {0}
+    assert getattr(network, "drop_rate", 0.0) == 0
+
+
+def test_fully_connected_layers_start_as_kerass() -> None:
+    head = create_network(ModelConfig(name="resnet10t", num_classes=7, fc_units=(48,))).get_classifier()
+    limit = (6 / (512 + 48)) ** 0.5
+    assert 0.99 * limit < head[0].weight.abs().max() <= limit
+    assert not head[0].bias.any()
+
+
+def test_fully_connected_layers_that_cannot_be() -> None:
+    for name in ("dpn68", "levit_128s"):  # a convolution, and two layers
+        with pytest.raises(ValueError, match=f"^fc_units: {name} does not end in one linear layer"):
+            on_meta(ModelConfig(name=name, fc_units=(8,)))
+    with pytest.raises(ValueError, match=r"^fc_units=\(8, 0\) has a layer without units"):
+        create_network(ModelConfig(name="resnet10t", fc_units=(8, 0)))
 
 
 def test_what_timm_cannot_do_is_one_sentence() -> None:

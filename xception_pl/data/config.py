@@ -7,6 +7,8 @@ from typing import Literal
 from xception_pl.data.errors import DataError
 
 SAMPLE = "sample"
+OUTFITS = "sample-outfits"
+FREQUENCY = "frequency"
 SMALLEST_IMAGE = 71  # pixels: below, the network's last feature map is empty
 
 
@@ -15,7 +17,8 @@ class DataConfig:
     """Where images come from, how they are cropped and changed, and how many make a batch."""
 
     source: str = "ILSVRC/imagenet-1k"
-    """Hub dataset id, folder or file of Parquet, image folder, or `sample`: the images that ship with the package."""
+    """Hub dataset id, folder or file of Parquet, image folder, `sample`: the images that ship with the package, or
+    `sample-outfits`: pictures of several of them, with label lists."""
     revision: str | None = None
     """Git revision of a hub dataset: pin a commit for a reproduction."""
     train_split: str = "train"
@@ -26,6 +29,9 @@ class DataConfig:
     """Column of the images."""
     label_column: str = "label"
     """Column of the labels (of label lists, with optim.loss sigmoid)."""
+    class_weights: str | None = None
+    """Weights of the classes in MAP@100: a file with one number a line in the order of the classes, `frequency` for how
+    often the training split has each label, or null for equal weights (optim.loss sigmoid only)."""
     train_images: int | None = None
     """Expected images of the training split; null counts them. A dry run plans with it; checked against the source."""
     val_images: int | None = None
@@ -90,6 +96,11 @@ def check(config: DataConfig) -> list[str]:
             )
     except DataError as error:
         wrong.append(str(error))
+    weights = config.class_weights
+    need(
+        weights is None or weights == FREQUENCY or Path(weights).expanduser().is_file(),
+        f"data.class_weights {weights} is no file: give one with a number a line, {FREQUENCY}, or null.",
+    )
     need(
         config.image_size >= SMALLEST_IMAGE,
         f"data.image_size {config.image_size} is below {SMALLEST_IMAGE} px, the smallest input of the network.",
@@ -138,14 +149,14 @@ def local_path(source: str) -> Path | None:
     Raises:
         DataError: when it is written as a path and nothing is there.
     """
-    if source == SAMPLE:
+    if source in (SAMPLE, OUTFITS):
         return Path(__file__).parent / "sample"
     path = Path(source).expanduser()
     if path.exists():
         return path
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix == ".parquet":
         raise DataError(
-            f"data.source {source} does not exist: give a folder, a Parquet file, a hub dataset id or `sample`."
+            f"data.source {source} does not exist: give a folder, a Parquet file, a hub dataset id, `{SAMPLE}` or `{OUTFITS}`."
         )
     return None
 

@@ -13,7 +13,8 @@ from xception_pl.data.ahead import FillAhead, NodeNeeds
 from xception_pl.data.augment import DeviceAugment
 from xception_pl.data.batches import Batch, EvalBatches, Format, Position, TrainBatches
 from xception_pl.data.cache import GroupCache, cache_folder
-from xception_pl.data.config import DataConfig
+from xception_pl.data.class_weights import label_counts, read_class_weights
+from xception_pl.data.config import FREQUENCY, DataConfig
 from xception_pl.data.corrupt import CorruptImages
 from xception_pl.data.errors import DataError
 from xception_pl.data.loader import PlannedLoader
@@ -125,6 +126,19 @@ class ImageNetDataModule(pl.LightningDataModule):
         if self.num_classes is None:
             raise DataError(f"Labels of {split.where} have no class names: give the number of classes.")
         return tuple(str(i) for i in range(self.num_classes))
+
+    def class_weights(self) -> list[float] | None:
+        """Weights of the classes in MAP@100, as `data.class_weights` says; `frequency` reads all training labels.
+
+        Raises:
+            DataError: the file does not fit, or a label lies outside the classes.
+        """
+        source, classes = self.config.class_weights, self._format().classes
+        if source is None:
+            return None
+        if source != FREQUENCY:
+            return read_class_weights(source, classes)
+        return label_counts(self._split("train"), classes, self.config.retry_seconds)
 
     @property
     def steps_per_epoch(self) -> int:

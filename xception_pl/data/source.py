@@ -7,6 +7,7 @@ mapped from Arrow files (an image folder is one too: its rows hold paths), where
 
 import difflib
 import functools
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from xception_pl.data.config import local_path
+from xception_pl.data.config import OUTFITS, local_path
 from xception_pl.data.errors import DataError
 from xception_pl.data.fetch import refusal
 
@@ -97,8 +98,8 @@ def open_split(
     """Resolve one split of a source; reads metadata only (for Parquet: the footers, in parallel).
 
     Args:
-        source: `sample`, a hub dataset id, or a local path: a Parquet file, a folder of Parquet or of images, or a
-            folder written by `Dataset.save_to_disk`.
+        source: `sample`, `sample-outfits`, a hub dataset id, or a local path: a Parquet file, a folder of Parquet or of
+            images, or a folder written by `Dataset.save_to_disk`.
         split: its name in the source.
         revision: git revision, for hub datasets.
         image_column: column of encoded images.
@@ -112,6 +113,8 @@ def open_split(
     from datasets.packaged_modules.parquet.parquet import Parquet
 
     path = local_path(source)
+    if source == OUTFITS:
+        return _outfits_split(split, image_column, label_column)
     if path is not None and any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
         return _saved_split(path, split, image_column, label_column)
     builder = _builder(source, path, revision)
@@ -171,6 +174,7 @@ def _hub_builder(source: str, revision: str | None) -> "datasets.DatasetBuilder"
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
     try:
+        _knock()
         return load_dataset_builder(source, revision=revision)
     except DatasetNotFoundError as error:
         if "gated" in str(error):
@@ -190,6 +194,33 @@ def _hub_builder(source: str, revision: str | None) -> "datasets.DatasetBuilder"
         ) from error
     except (DatasetsError, HFValidationError, FileNotFoundError) as error:
         raise DataError(f"data.source {source} cannot be opened: {str(error).splitlines()[0].rstrip('.')}.") from error
+
+
+def _knock() -> None:
+    """Raises ConnectionError within seconds where there is no network: `datasets` would try for half a minute."""
+    from huggingface_hub import constants, get_session
+
+    for attempt in (1, 2, 3):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=10)
+            return
+        except Exception as error:
+            # the hub's client went from requests to httpx to httpx2: known by the names of their errors
+            if not {"ConnectError", "ConnectTimeout", "ConnectionError"} & {
+                kind.__name__ for kind in type(error).__mro__
+            }:
+                raise
+            if attempt == 3:
+                raise ConnectionError(str(error)) from error
+            time.sleep(1)
+
+
+def _outfits_split(split: str, image_column: str, label_column: str) -> Split:
+    from xception_pl.data.outfits import PICTURES, outfits
+
+    if split not in PICTURES:
+        raise _no_split(split, OUTFITS, PICTURES)
+    return table_split(outfits(split), f"split {split!r} of {OUTFITS}", image_column, label_column)
 
 
 def _saved_split(path: Path, split: str, image_column: str, label_column: str) -> Split:

@@ -118,19 +118,28 @@ def open_cache(split: Split, folder: str | None, gigabytes: float, retry_seconds
 
 def read_group(split: ParquetSplit, group: int, retry_seconds: float = RETRY_SECONDS) -> pa.Table:
     """Read one row group: a table of two columns, encoded image and label, one chunk each."""
-    file, index = split.groups[group]
-    footer = split.footers[file]
-    image = _leaf(footer, split.image_column)
-    label = _leaf(footer, split.label_column)
-    spans = _spans(footer.row_group(index), (image, label))
-    parts = [(start, read_range(split.files[file], start, stop, retry_seconds)) for start, stop in spans]
-    parquet = pq.ParquetFile(pa.PythonFile(_Parts(parts, footer)), metadata=footer)
-    table = parquet.read_row_group(index, columns=[image, label], use_threads=False)
+    table = _read_columns(split, group, (split.image_column, split.label_column), retry_seconds)
     images = table.column(split.image_column).combine_chunks()
     if pa.types.is_struct(images.type):
         images = images.field("bytes")
     labels = table.column(split.label_column).combine_chunks()
     return pa.table([images, labels], names=["image", "label"])
+
+
+def read_labels(split: ParquetSplit, group: int, retry_seconds: float = RETRY_SECONDS) -> pa.Array:
+    """Read the labels, or label lists, of one row group, and no image."""
+    table = _read_columns(split, group, (split.label_column,), retry_seconds)
+    return table.column(split.label_column).combine_chunks()
+
+
+def _read_columns(split: ParquetSplit, group: int, columns: Sequence[str], retry_seconds: float) -> pa.Table:
+    file, index = split.groups[group]
+    footer = split.footers[file]
+    leaves = [_leaf(footer, column) for column in columns]
+    spans = _spans(footer.row_group(index), leaves)
+    parts = [(start, read_range(split.files[file], start, stop, retry_seconds)) for start, stop in spans]
+    parquet = pq.ParquetFile(pa.PythonFile(_Parts(parts, footer)), metadata=footer)
+    return parquet.read_row_group(index, columns=leaves, use_threads=False)
 
 
 def kept_footer(path: str, keep: Path | None) -> pq.FileMetaData:

@@ -29,7 +29,7 @@ class ModelConfig:
     segments: int | None = None
     """Channel segments of the spatial convolution: 1 is a regular convolution, null one a channel (xception only)."""
     fc_units: tuple[int, ...] = ()
-    """Units of the fully-connected layers before the logistic layer, for JFT [4096, 4096] (xception only)."""
+    """Units of the fully-connected layers before the logistic layer, for JFT [4096, 4096]; each is followed by a ReLU."""
     output_stride: Literal[8, 16, 32] = 32
     """Input pixels per pixel of the last feature map, by dilation (xception only)."""
     grad_checkpointing: bool = False

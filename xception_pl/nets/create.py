@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from torch import nn
 
 from xception_pl.nets.config import ModelConfig
+from xception_pl.nets.convs import initialize
 from xception_pl.nets.xception import Xception
 
 XCEPTION_ONLY = (
@@ -15,7 +16,6 @@ XCEPTION_ONLY = (
     "residual",
     "intermediate_activation",
     "segments",
-    "fc_units",
     "output_stride",
 )
 
@@ -67,12 +67,36 @@ def _named(config: ModelConfig) -> nn.Module:
         raise ValueError(
             f"{', '.join(foreign)}: only xception has this, not {config.name}; remove it or use name: xception"
         )
+    dropout = 0.0 if config.fc_units else config.dropout  # with fully-connected layers it follows them
     try:
         network: nn.Module = timm.create_model(
-            config.name, num_classes=config.num_classes, in_chans=config.in_chans, drop_rate=config.dropout
+            config.name, num_classes=config.num_classes, in_chans=config.in_chans, drop_rate=dropout
         )
         if config.grad_checkpointing:
             network.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AssertionError, AttributeError, TypeError) as error:
         raise ValueError(f"timm cannot build {config.name} with these options: {error}") from error
+    if config.fc_units:
+        _insert_fc_layers(network, config)
     return network
+
+
+def _insert_fc_layers(network: nn.Module, config: ModelConfig) -> None:
+    """Fully-connected layers before a timm network's logistic layer, each as Xception has them (section 4.1, JFT)."""
+    logistic = network.get_classifier()  # type: ignore[operator]
+    name = getattr(network, "default_cfg", {}).get("classifier")
+    if not isinstance(logistic, nn.Linear) or not isinstance(name, str):
+        raise ValueError(
+            f"fc_units: {config.name} does not end in one linear layer, which these could precede; leave them out"
+        )
+    if any(units < 1 for units in config.fc_units):
+        raise ValueError(
+            f"fc_units={tuple(config.fc_units)} has a layer without units: use 1 or more each, or no layer: ()"
+        )
+    layers: list[nn.Module] = []
+    for before, units in zip((logistic.in_features, *config.fc_units), config.fc_units, strict=False):
+        layers += [nn.Linear(before, units), nn.ReLU()]
+    head = nn.Sequential(*layers, nn.Dropout(config.dropout), nn.Linear(config.fc_units[-1], config.num_classes))
+    initialize(head)
+    owner, _, last = name.rpartition(".")
+    setattr(network.get_submodule(owner), last, head)

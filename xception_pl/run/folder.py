@@ -18,14 +18,16 @@ _PACKAGES = ("xception_pl", "torch", "torchvision", "lightning", "torchmetrics",
 
 
 def planned_folder(recipe: Recipe) -> Path:
-    """Folder of a new run; processes that a launcher starts from this one get the same."""
+    """Folder of a new run; the processes that Lightning starts beside this one for other devices get the same."""
     assert recipe.run.name is not None
-    if _SHARED not in os.environ:
-        parent = Path(recipe.run.folder) / recipe.run.name
-        stem = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        taken = sum(1 for _ in parent.glob(f"{stem}*"))
-        os.environ[_SHARED] = str(parent / (f"{stem}_{taken}" if taken else stem))
-    return Path(os.environ[_SHARED])
+    if "LOCAL_RANK" in os.environ and _SHARED in os.environ:
+        return Path(os.environ[_SHARED])
+    parent = Path(recipe.run.folder) / recipe.run.name
+    stem = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    taken = sum(1 for _ in parent.glob(f"{stem}*"))
+    folder = parent / (f"{stem}_{taken}" if taken else stem)
+    os.environ[_SHARED] = str(folder)
+    return folder
 
 
 def find_checkpoint(resume: str, recipe: Recipe) -> Path:

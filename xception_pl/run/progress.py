@@ -28,7 +28,9 @@ class ProgressLine(Callback):
         self._first_step = trainer.global_step
         self._started = self._printed = time.monotonic()
         if trainer.is_global_zero and self._console.is_terminal:
-            self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=16), console=self._console)
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(bar_width=16), console=self._console, transient=True
+            )
             self._task = self._bar.add_task(
                 self._text(trainer), total=_total_steps(trainer), completed=trainer.global_step
             )
@@ -54,9 +56,8 @@ class ProgressLine(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self._started:
             results = [f"{name} {value:.4f}" for name, value in self.run_log.latest.items() if name.startswith("val_")]
-            self._console.print(
-                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {'  '.join(results)}", highlight=False
-            )
+            where = f"step {trainer.global_step}/{_total_steps(trainer)}"
+            self._console.print(f"{where}  {'  '.join(results)}", highlight=False, soft_wrap=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()

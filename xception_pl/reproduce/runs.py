@@ -1,0 +1,121 @@
+"""Finished runs, and which of them ran a shipped recipe."""
+
+import json
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import yaml
+
+from xception_pl.recipe import Recipe, RecipeError, flat, load_recipe, recipe_from_plain, to_plain
+
+_IRRELEVANT = ("seed", "run.", "data.workers")
+"""Keys in which a run of a recipe may differ from it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run."""
+
+    folder: str
+    settings: dict[str, Any]
+    """Dotted keys of its resolved recipe."""
+    results: dict[str, float]
+
+    @property
+    def seed(self) -> int:
+        return int(self.settings["seed"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """A run that is not counted, and why."""
+
+    folder: str
+    reason: str
+    results: dict[str, float]
+
+
+def find_runs(folders: list[str]) -> list[Path]:
+    """The run folders among `folders` and below them.
+
+    Raises:
+        ValueError: one of them holds no run.
+    """
+    found: dict[Path, None] = {}
+    for folder in folders:
+        runs = sorted(path.parent for path in Path(folder).rglob("recipe.yaml"))
+        if not runs:
+            raise ValueError(f"There is no run in {folder}: give a folder with recipe.yaml in it or below it.")
+        found |= dict.fromkeys(runs)
+    return list(found)
+
+
+def read_run(folder: Path) -> Run | Refused:
+    """The run in a folder, or why it cannot be read."""
+    try:
+        recipe = recipe_from_plain(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
+        settings = flat(to_plain(recipe))
+    except (RecipeError, yaml.YAMLError, AttributeError) as error:
+        return Refused(
+            folder=str(folder), reason=f"its recipe cannot be read: {' '.join(str(error).split())}", results={}
+        )
+    try:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Refused(folder=str(folder), reason="not finished", results={})
+    except json.JSONDecodeError as error:
+        return Refused(folder=str(folder), reason=f"its results cannot be read: {error}", results={})
+    if "images_per_second" in results:
+        results["steps_per_second"] = results["images_per_second"] / settings["data.global_batch"]
+    return Run(folder=str(folder), settings=settings, results=results)
+
+
+def shipped_recipe(path: str) -> Recipe:
+    """A shipped recipe, resolved."""
+    # Reading a recipe checks that runs can be written; a ledger writes none.
+    return load_recipe(path, {"run.folder": tempfile.gettempdir()})
+
+
+def differing(ours: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
+    """Keys in which a run differs from a recipe, other than seed, run.* and the count of workers."""
+    return [key for key, value in shipped.items() if not key.startswith(_IRRELEVANT) and ours.get(key) != value]
+
+
+def sort_runs(folders: list[str], recipes: dict[str, dict[str, Any]]) -> tuple[dict[str, list[Run]], list[Refused]]:
+    """Runs by recipe, one a seed, and those that are not counted.
+
+    Args:
+        folders: run folders, or folders above them.
+        recipes: dotted keys of each shipped recipe, by its path.
+    """
+    counted: dict[str, list[Run]] = {path: [] for path in recipes}
+    refused: list[Refused] = []
+    for folder in find_runs(folders):
+        run = read_run(folder)
+        if isinstance(run, Refused):
+            refused.append(run)
+            continue
+        differences = {path: differing(run.settings, settings) for path, settings in recipes.items()}
+        path = min(differences, key=lambda name: len(differences[name]))
+        if differences[path]:
+            reason = f"other recipe: differs from {path} in {', '.join(differences[path])}"
+        elif run.seed in {other.seed for other in counted[path]}:
+            reason = f"{path} with seed {run.seed} is counted already"
+        else:
+            counted[path].append(run)
+            continue
+        refused.append(Refused(folder=run.folder, reason=reason, results=run.results))
+    return counted, refused
+
+
+def summary(runs: list[Run], metric: str, scale: float) -> dict[str, Any] | None:
+    """Mean, standard deviation (of the sample; None for one run), n and seeds of a metric; None where no run has it."""
+    values = {run.seed: run.results[metric] * scale for run in runs if math.isfinite(run.results.get(metric, math.nan))}
+    if not values:
+        return None
+    spread = stdev(values.values()) if len(values) > 1 else None
+    return {"mean": mean(values.values()), "sd": spread, "n": len(values), "seeds": sorted(values)}
