@@ -491,7 +491,7 @@ def test_differences_are_paired_by_seed() -> None:
     assert main(["tiny.yaml", "--collect"]) == 0
     report = Path("runs/ablations/tiny/report.md").read_text()
     assert (
-        "| variant | n | top-1, % | less deep, points | held-out loss | parameters | step, ms |\n"
+        "| variant | n | top-1, % | against deep, points | held-out loss | parameters | step, ms |\n"
         "|---|---:|---:|---:|---:|---:|---:|\n"
         "| deep | 3 | 60.0 ± 10.0 |  | 6.000 ± 2.000 | 1,000 | 75 |\n"
         "| shallow | 2 | 53.5 ± 7.8 | -1.5 ± 0.7 | 5.000 ± 1.414 | 1,000 | 75 |\n"

@@ -62,7 +62,7 @@ def _cells(ablation: Ablation, found: Sequence[Row]) -> list[list[str]]:
     """The table, its header first."""
     score = METRIC_NAMES[ablation.metric]
     first = next(iter(ablation.variants))
-    header = ["variant", "n", f"{score}, %", f"less {first}, points", "held-out loss", "parameters", "step, ms"]
+    header = ["variant", "n", f"{score}, %", f"against {first}, points", "held-out loss", "parameters", "step, ms"]
     return [header] + [
         [
             row.variant,
