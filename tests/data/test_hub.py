@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import HfFileSystem
 
 from tests.data.tracing import CLASSES, Tracer, features, png, trainer
 from tests.loopback_hub import LoopbackHub, reset, short, sometimes, stall, status, truncated
@@ -44,23 +45,9 @@ def write_set(folder: Path) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    import huggingface_hub
-    from huggingface_hub import HfFileSystem
-
     write_set(tmp_path / "hub")
     with LoopbackHub(tmp_path / "hub") as running:
-        # what HF_ENDPOINT sets when it is there before the first import
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
-        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", running.url)
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-        monkeypatch.setattr(fetch, "_FIRST_WAIT", 0.01)
-        monkeypatch.setattr(fetch, "_LONGEST_WAIT", 0.02)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        HfFileSystem.clear_instance_cache()
-        fetch.faults.clear()
+        running.attract(monkeypatch, tmp_path / "hf")
         yield running
     HfFileSystem.clear_instance_cache()
 

@@ -86,14 +86,14 @@ class _Source:
             raise ValueError(f"images have 1 or 3 channels, not {channels}: set model.in_chans to 1 or 3")
         self.data, self.channels = data, channels
         size = plain_jpeg_size(data) if channels == 3 else None
-        self._decoded = None if size else _open(data, channels)
+        self._decoded = None if size else open_image(data, channels)
         self.height, self.width = size or (self.pillow().height, self.pillow().width)
         if self.height * self.width > MAX_PIXELS:
             raise DecodeError(f"an image of {self.width} × {self.height} pixels is too large to be decoded")
 
     def pillow(self) -> Image.Image:
         if self._decoded is None:
-            self._decoded = _open(self.data, self.channels)
+            self._decoded = open_image(self.data, self.channels)
         return self._decoded
 
     def crop(
@@ -135,8 +135,12 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _open(data: bytes, channels: int) -> Image.Image:
-    """The image as Pillow's RGB, or L for one channel."""
+def open_image(data: bytes, channels: int) -> Image.Image:
+    """The whole image as Pillow's RGB, or L for one channel.
+
+    Raises:
+        DecodeError: the bytes cannot be read.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

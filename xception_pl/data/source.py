@@ -154,6 +154,26 @@ def table_split(
     )
 
 
+def hub_parquet(source: str, revision: str | None) -> dict[str, list[str]]:
+    """URLs of a hub dataset's Parquet files by split; each names its commit.
+
+    Raises:
+        DataError: it is not on the hub, or not Parquet.
+    """
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    if local_path(source) is not None:
+        raise DataError(f"{source} is a local path: name a dataset of the hub, for example ILSVRC/imagenet-1k.")
+    builder = _hub_builder(source, revision)
+    if not isinstance(builder, Parquet):
+        raise DataError(
+            f"{source} holds {builder.dataset_name or 'unknown'} files, not Parquet: the hub's own conversion may be "
+            "at --revision refs/convert/parquet."
+        )
+    data_files: Mapping[str, list[str]] = builder.config.data_files or {}
+    return {str(name): [str(file) for file in files] for name, files in data_files.items()}
+
+
 def _builder(source: str, path: Path | None, revision: str | None) -> "datasets.DatasetBuilder":
     from datasets import load_dataset_builder
     from datasets.exceptions import DataFilesNotFoundError
