@@ -31,12 +31,14 @@ Fault = Callable[[BaseHTTPRequestHandler, bytes], bool]
 class LoopbackHub:
     """Serves the files of a folder as the dataset `repo`.
 
+    `earlier` holds the files of commits before `commit`, which `main` is; their files are served, not listed.
     `faults` are asked in turn for every read of a file. `token`, when set, is demanded as the hub does for a gated set.
     """
 
     folder: Path
     repo: str = "ILSVRC/imagenet-1k"
     commit: str = "a" * 40
+    earlier: dict[str, Path] = field(default_factory=dict)
     token: str | None = None
     faults: list[Fault] = field(default_factory=list)
     bytes_read: Counter[str] = field(default_factory=Counter)
@@ -123,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
             revision, _, name = path.removeprefix(f"/datasets/{hub.repo}/resolve/").partition("/")
             if self._refused(revision, needs_access=True):
                 return
-            self._file(name)
+            self._file(name, hub.earlier.get(revision, hub.folder))
         elif path == api or path.startswith(f"{api}/"):
             kind, _, rest = path.removeprefix(api).strip("/").partition("/")
             hub.counted(f"api/{kind}")
@@ -145,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(401 if "/api/" in path else 404, "RepoNotFound")
 
     def _refused(self, revision: str, needs_access: bool = False) -> bool:
-        if revision not in ("main", self.hub.commit, self.hub.commit[:7]):
+        if revision not in ("main", self.hub.commit, self.hub.commit[:7], *self.hub.earlier):
             self._error(404, "RevisionNotFound")
             return True
         if needs_access and self.hub.token is not None:
@@ -189,8 +191,8 @@ class _Handler(BaseHTTPRequestHandler):
         oid = hashlib.sha1(f"blob {size}\0".encode() + file.read_bytes()).hexdigest()
         return {"type": "file", "path": self.hub.name(file), "size": size, "oid": oid, **lfs}
 
-    def _file(self, name: str) -> None:
-        hub, file = self.hub, self.hub.folder / name
+    def _file(self, name: str, folder: Path) -> None:
+        hub, file = self.hub, folder / name
         if not file.is_file():
             self._error(404, "EntryNotFound")
             return

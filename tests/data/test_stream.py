@@ -151,6 +151,16 @@ def test_mistakes_are_one_sentence_each(tmp_path: Path) -> None:
     one_sentence(error)
 
 
+def test_a_file_that_changes_under_a_reader_is_one_sentence(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "set", "train.parquet", range(20))
+    split = open_split(str(tmp_path / "set"), "train")
+    file = tmp_path / "set" / "train.parquet"
+    file.write_bytes(b"?" * file.stat().st_size)
+    with pytest.raises(DataError, match=r"Row group 0 of .*train.parquet is damaged, or the file was changed") as error:
+        open_reader(split).rows([0])
+    one_sentence(error)
+
+
 @pytest.mark.parametrize(("label", "says"), [(-1, "unlabelled"), (10, "has 10 classes")])
 def test_labels_outside_the_classes_are_refused(label: int, says: str) -> None:
     made = table(3).cast_column("label", datasets.Value("int64"))

@@ -118,6 +118,12 @@ class ImageNetDataModule(pl.LightningDataModule):
         return self._split("val").images
 
     @property
+    def commit(self) -> str | None:
+        """Commit of the hub dataset, fixed when it was resolved; None for other sources."""
+        split = self._split("train")
+        return split.commit if isinstance(split, ParquetSplit) else None
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes; their numbers where the source has no names."""
         split = self._splits.get("train") or self._split("val")
@@ -176,12 +182,14 @@ class ImageNetDataModule(pl.LightningDataModule):
             world=self._world,
             accumulate=self.accumulate,
         )
-        order = {
+        order: dict[str, int | str] = {
             "seed": self.seed,
             "images": split.images,
             "global_batch": config.global_batch,
             "shuffle_window": config.shuffle_window,
         }
+        if self.commit is not None:
+            order["revision"] = self.commit
         return PlannedLoader(
             batches,
             position=self._train_position,

@@ -110,7 +110,7 @@ def _read_hub(path: str, start: int, stop: int) -> bytes:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
-    repo, revision, name = _hub_parts(path)
+    repo, revision, name = hub_parts(path)
     url = hf_hub_url(repo, name, repo_type="dataset", revision=revision, endpoint=constants.ENDPOINT)
     headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
     try:
@@ -160,7 +160,7 @@ def hub_files(urls: Sequence[str]) -> tuple[str, list[HubFile]]:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.hf_api import RepoFile
 
-    parts = [_hub_parts(url) for url in urls]
+    parts = [hub_parts(url) for url in urls]
     (repo, commit), *others = {(repo, commit) for repo, commit, _ in parts}
     assert not others, "the files of a split are of one commit"
     names = [name for _, _, name in parts]
@@ -192,7 +192,7 @@ def _transport_error() -> type[Exception]:
 
 def refusal(path: str, status: int) -> str:
     """What to do when the hub refuses a file for good."""
-    dataset = _hub_parts(path)[0]
+    dataset = hub_parts(path)[0]
     if status == 401:
         return (
             f"The dataset {dataset} is gated or private and no token was given: accept its terms at "
@@ -203,10 +203,12 @@ def refusal(path: str, status: int) -> str:
             f"The token given has no access to the dataset {dataset}: accept its terms at "
             f"https://huggingface.co/datasets/{dataset} with the same account."
         )
+    if status == 404:
+        return f"{path} is gone from the hub: that commit's history was rewritten; name another in data.revision."
     return f"The hub refuses {path} with status {status}."
 
 
-def _hub_parts(path: str) -> tuple[str, str, str]:
+def hub_parts(path: str) -> tuple[str, str, str]:
     """Repository, commit and file of hf://datasets/REPOSITORY@COMMIT/FILE, as `datasets` lists a hub set's files."""
     repo, _, rest = path.removeprefix("hf://datasets/").partition("@")
     revision, _, name = rest.partition("/")

@@ -32,7 +32,7 @@ class PlannedLoader:
         position: (epoch, index) of the next batch.
         workers: processes; 0 loads in this one.
         prefetch: batches a worker holds ready.
-        order: numbers that the order is a function of, by name.
+        order: what the order is a function of, by name.
         accumulate: micro-batches an optimiser step, kept beside them: a resume may change it.
         on_resume: told the checkpoint's `accumulate`.
         endless: whether workers go on into the next epoch.
@@ -48,7 +48,7 @@ class PlannedLoader:
         position: Callable[[], Position],
         workers: int,
         prefetch: int,
-        order: Mapping[str, int] | None = None,
+        order: Mapping[str, int | str] | None = None,
         accumulate: int = 1,
         on_resume: Callable[[int], None] | None = None,
         endless: bool = False,
@@ -115,10 +115,10 @@ class PlannedLoader:
             self._on_corrupt(item.corrupt)
         return item.batch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         return {**self._order, "accumulate": self._accumulate}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, int | str]) -> None:
         """Check that an epoch begun elsewhere can go on here.
 
         Raises:
@@ -131,7 +131,7 @@ class PlannedLoader:
                 "resume with the same values, or from the end of an epoch."
             )
         if self._on_resume is not None:
-            self._on_resume(state.get("accumulate", self._accumulate))
+            self._on_resume(int(state.get("accumulate", self._accumulate)))
 
 
 @functools.cache

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from xception_pl.data.config import OUTFITS, local_path
 from xception_pl.data.errors import DataError
-from xception_pl.data.fetch import refusal
+from xception_pl.data.fetch import hub_parts, refusal
 
 if TYPE_CHECKING:
     import datasets
@@ -72,6 +72,11 @@ class ParquetSplit(Split):
     @cached_property
     def remote(self) -> bool:
         return any("://" in file for file in self.files)
+
+    @cached_property
+    def commit(self) -> str | None:
+        """Of the hub dataset that these files were resolved to: what is read even when the branch moves on."""
+        return hub_parts(self.files[0])[1] if self.files[0].startswith("hf://") else None
 
     @cached_property
     def groups(self) -> tuple[tuple[int, int], ...]:
@@ -212,7 +217,7 @@ def _hub_builder(source: str, revision: str | None) -> "datasets.DatasetBuilder"
             f"The hub cannot be reached to open {source}: check the network and HF_HUB_OFFLINE, "
             "or give a local mirror as data.source."
         ) from error
-    except (DatasetsError, HFValidationError, FileNotFoundError) as error:
+    except (DatasetsError, HFValidationError, FileNotFoundError, ValueError) as error:
         raise DataError(f"data.source {source} cannot be opened: {str(error).splitlines()[0].rstrip('.')}.") from error
 
 
