@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xception_pl.data.config import OUTFITS, local_path
@@ -103,8 +104,8 @@ def open_split(
     """Resolve one split of a source; reads metadata only (for Parquet: the footers, in parallel).
 
     Args:
-        source: `sample`, `sample-outfits`, a hub dataset id, or a local path: a Parquet file, a folder of Parquet or of
-            images, or a folder written by `Dataset.save_to_disk`.
+        source: `sample`, `sample-outfits`, a hub dataset id, or a local path: a Parquet file, a folder of Parquet, of
+            images or of Arrow files that `datasets` wrote, or a folder written by `Dataset.save_to_disk`.
         split: its name in the source.
         revision: git revision, for hub datasets.
         image_column: column of encoded images.
@@ -114,6 +115,7 @@ def open_split(
     Raises:
         DataError: source, revision, split or column do not exist or cannot be read; says which and what to do.
     """
+    from datasets.packaged_modules.arrow.arrow import Arrow
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
     from datasets.packaged_modules.parquet.parquet import Parquet
 
@@ -133,6 +135,8 @@ def open_split(
     if isinstance(builder, ImageFolder):
         rows = builder.as_streaming_dataset(split=split)
         return table_split(_listed(rows, where, image_column), where, image_column, label_column)
+    if isinstance(builder, Arrow) and path is not None:
+        return table_split(_mapped(files), where, image_column, label_column)
     raise DataError(
         f"{source} holds {builder.dataset_name or 'unknown'} files, which cannot be read row by row: "
         "convert it to Parquet (Dataset.to_parquet) and give that folder as data.source."
@@ -190,7 +194,7 @@ def _builder(source: str, path: Path | None, revision: str | None) -> "datasets.
             return load_dataset_builder("parquet", data_files=str(path))
         return load_dataset_builder(str(path))
     except (DataFilesNotFoundError, FileNotFoundError) as error:
-        raise DataError(f"There are no images or Parquet files in data.source {source}.") from error
+        raise DataError(f"There are no images, Parquet or Arrow files in data.source {source}.") from error
 
 
 def _hub_builder(source: str, revision: str | None) -> "datasets.DatasetBuilder":
@@ -258,6 +262,19 @@ def _saved_split(path: Path, split: str, image_column: str, label_column: str) -
     if split not in saved:
         raise _no_split(split, str(path), [str(name) for name in saved])
     return table_split(saved[split], where, image_column, label_column)
+
+
+def _mapped(files: list[str]) -> "datasets.Dataset":
+    """Arrow files as `datasets` writes them, mapped into memory."""
+    import datasets
+
+    try:
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+    except (pa.ArrowInvalid, ValueError) as error:
+        raise DataError(
+            f"{files[0]} and its {len(files) - 1} neighbours are not one set in Arrow's stream format, which `datasets` "
+            "writes: convert them to Parquet and give that folder as data.source."
+        ) from error
 
 
 def _listed(rows: "datasets.IterableDataset", where: str, image_column: str) -> "datasets.Dataset":
