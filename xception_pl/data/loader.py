@@ -39,6 +39,7 @@ class PlannedLoader:
         on_faults: told the reads that failed and were tried again, by kind.
         on_batch: told the position of each batch taken.
         on_corrupt: told of images that could not be decoded; may raise.
+        finish: does in this process what workers cannot do to an item.
     """
 
     def __init__(
@@ -55,12 +56,14 @@ class PlannedLoader:
         on_faults: Callable[[Mapping[str, int]], None] | None = None,
         on_batch: Callable[[Position], None] | None = None,
         on_corrupt: Callable[[list[Corrupt]], None] | None = None,
+        finish: Callable[[Item], Item | DataError] | None = None,
     ) -> None:
         self.batches = batches
         self._position = position
         self._order = dict(order or {})
         self._accumulate, self._on_resume = accumulate, on_resume
         self._on_faults, self._on_batch, self._on_corrupt = on_faults, on_batch, on_corrupt
+        self._finish = finish
         self._sampler = _From(len(batches), endless)
         self._loader: DataLoader[Any] = DataLoader(
             batches,
@@ -107,6 +110,8 @@ class PlannedLoader:
                 "A loader worker was killed, by the system if memory ran out: lower data.workers, data.prefetch or "
                 "data.shuffle_window."
             ) from error
+        if self._finish is not None and isinstance(item, Item):
+            item = self._finish(item)
         if isinstance(item, DataError):
             raise item
         if item.faults and self._on_faults is not None:
