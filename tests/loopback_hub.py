@@ -15,7 +15,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import datasets
+import huggingface_hub
+import pytest
+
+from xception_pl.data import fetch
 
 Fault = Callable[[BaseHTTPRequestHandler, bytes], bool]
 """Given the request and the body that would be sent: answers it badly and returns True, or leaves it alone."""
@@ -25,12 +31,14 @@ Fault = Callable[[BaseHTTPRequestHandler, bytes], bool]
 class LoopbackHub:
     """Serves the files of a folder as the dataset `repo`.
 
+    `earlier` holds the files of commits before `commit`, which `main` is; their files are served, not listed.
     `faults` are asked in turn for every read of a file. `token`, when set, is demanded as the hub does for a gated set.
     """
 
     folder: Path
     repo: str = "ILSVRC/imagenet-1k"
     commit: str = "a" * 40
+    earlier: dict[str, Path] = field(default_factory=dict)
     token: str | None = None
     faults: list[Fault] = field(default_factory=list)
     bytes_read: Counter[str] = field(default_factory=Counter)
@@ -54,6 +62,20 @@ class LoopbackHub:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def attract(self, patch: pytest.MonkeyPatch, home: Path) -> None:
+        """Turn the hub's client of this process here: what HF_ENDPOINT does when it is set before the first import."""
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", self.url)
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home))
+        patch.setattr(datasets.config, "HF_ENDPOINT", self.url)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", home)
+        patch.setattr(fetch, "_FIRST_WAIT", 0.01)
+        patch.setattr(fetch, "_LONGEST_WAIT", 0.02)
+        patch.delenv("HF_TOKEN", raising=False)
+        huggingface_hub.HfFileSystem.clear_instance_cache()
+        fetch.faults.clear()
 
     def files(self) -> list[Path]:
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
@@ -103,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
             revision, _, name = path.removeprefix(f"/datasets/{hub.repo}/resolve/").partition("/")
             if self._refused(revision, needs_access=True):
                 return
-            self._file(name)
+            self._file(name, hub.earlier.get(revision, hub.folder))
         elif path == api or path.startswith(f"{api}/"):
             kind, _, rest = path.removeprefix(api).strip("/").partition("/")
             hub.counted(f"api/{kind}")
@@ -115,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif kind == "tree":
                 self._tree(folder, recursive="recursive=true" in self.path.lower())
             elif kind == "paths-info":
-                wanted = set(json.loads(body)["paths"])
+                wanted = set(parse_qs(body.decode())["paths"])
                 entries = [self._entry(file) for file in hub.files() if hub.name(file) in wanted]
                 self._json(entries + [_folder(name) for name in sorted(wanted & self._folders())])
             else:
@@ -125,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(401 if "/api/" in path else 404, "RepoNotFound")
 
     def _refused(self, revision: str, needs_access: bool = False) -> bool:
-        if revision not in ("main", self.hub.commit, self.hub.commit[:7]):
+        if revision not in ("main", self.hub.commit, self.hub.commit[:7], *self.hub.earlier):
             self._error(404, "RevisionNotFound")
             return True
         if needs_access and self.hub.token is not None:
@@ -163,10 +185,14 @@ class _Handler(BaseHTTPRequestHandler):
         return {str(parent) for file in self.hub.files() for parent in Path(self.hub.name(file)).parents} - {"."}
 
     def _entry(self, file: Path) -> dict[str, object]:
-        return {"type": "file", "path": self.hub.name(file), "size": file.stat().st_size, "oid": _etag(file)}
+        size, lfs = file.stat().st_size, {}
+        if file.suffix == ".parquet":  # a large file: the hub keeps its SHA-256 beside git's hash of a pointer to it
+            lfs = {"lfs": {"oid": _etag(file), "size": size, "pointerSize": 134}}
+        oid = hashlib.sha1(f"blob {size}\0".encode() + file.read_bytes()).hexdigest()
+        return {"type": "file", "path": self.hub.name(file), "size": size, "oid": oid, **lfs}
 
-    def _file(self, name: str) -> None:
-        hub, file = self.hub, self.hub.folder / name
+    def _file(self, name: str, folder: Path) -> None:
+        hub, file = self.hub, folder / name
         if not file.is_file():
             self._error(404, "EntryNotFound")
             return
@@ -216,7 +242,7 @@ def _folder(name: str) -> dict[str, object]:
 
 
 def _etag(file: Path) -> str:
-    return hashlib.sha1(str(file.stat().st_size).encode()).hexdigest()
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def sometimes(every: int, fault: Fault, at_most: int = 10**9) -> Fault:

@@ -201,6 +201,7 @@ CHANGES: dict[str, tuple[str, dict[str, str]]] = {
     "data.val_corrupt": ("skip", {}),
     "data.workers": ("1", {}),
     "data.prefetch": ("3", {"data.workers": "1"}),
+    "data.decode": ("gpu", {}),
     "data.train_crop": ("resize", {}),
     "data.crop_area_min": ("0.9", {}),
     "data.eval_crop": ("timm", {}),

@@ -5,6 +5,7 @@ COMMANDS = {
     "reproduce": "each claim of the paper beside what finished runs measured",
     "ablate": "run and compare variants of a recipe over seeds",
     "spectrum": "cost of each number of channel segments, from Inception to Xception",
+    "mirror": "copy a hub dataset to local Parquet, verified",
     "bench": "measure decoding and data loading beside timm and torchvision",
 }
 

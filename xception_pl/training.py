@@ -48,6 +48,8 @@ class Prepared:
             learning_rate=self.module.learning_rate,
             folder=f"{self.folder}/",
         )
+        if not self.plan.unchecked and self.data.commit is not None:
+            lines.append(f"revision  commit {self.data.commit}")
         lines += [f"warning   {sentence}" for sentence in idle_augment(self.plan.recipe.data)]
         try:
             native.load()  # here, once: loader workers find it made

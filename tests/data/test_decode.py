@@ -16,7 +16,7 @@ from skimage import data as photographs
 from xception_pl.data import native
 from xception_pl.data.config import DataConfig
 from xception_pl.data.crops import Box, central_box, inception_box, timm_box, timm_eval_box
-from xception_pl.data.decode import MAX_PIXELS, DecodeError, _Source, eval_image, plain_jpeg_size, train_image
+from xception_pl.data.decode import MAX_PIXELS, Crop, DecodeError, _Source, eval_image, plain_jpeg_size, train_image
 
 PHOTOGRAPHS = ("astronaut", "coffee", "chelsea")
 RESIZE = DataConfig(image_size=71, eval_crop="resize", train_crop="resize", flip=False)
@@ -179,7 +179,7 @@ def test_fast_ways_match_the_reference_crop(way: str, subsampling: int, progress
         for bicubic in (False, True):
             for flip in (False, True):
                 box = inception_box(rng, 375, 500)
-                got = _Source(data, 3).crop(box, 299, bicubic, flip=flip, scaled=True)
+                got = _Source(data, 3).crop(299, Crop(box, bicubic, flip=flip, scaled=True))
                 difference = np.abs(got - reference(data, box, 299, bicubic, flip))
                 assert difference.max() <= (6 if bicubic else 1), (name, box)
                 assert difference.mean() < 0.3, (name, box)

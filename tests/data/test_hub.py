@@ -11,8 +11,9 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import HfFileSystem
 
-from tests.data.tracing import CLASSES, Tracer, features, png, trainer
+from tests.data.tracing import CLASSES, SaveAt, Tracer, features, png, trainer
 from tests.loopback_hub import LoopbackHub, reset, short, sometimes, stall, status, truncated
 from xception_pl.data import fetch
 from xception_pl.data.config import DataConfig
@@ -44,23 +45,9 @@ def write_set(folder: Path) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
-    import huggingface_hub
-    from huggingface_hub import HfFileSystem
-
     write_set(tmp_path / "hub")
     with LoopbackHub(tmp_path / "hub") as running:
-        # what HF_ENDPOINT sets when it is there before the first import
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", running.url)
-        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", running.url)
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-        monkeypatch.setattr(fetch, "_FIRST_WAIT", 0.01)
-        monkeypatch.setattr(fetch, "_LONGEST_WAIT", 0.02)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        HfFileSystem.clear_instance_cache()
-        fetch.faults.clear()
+        running.attract(monkeypatch, tmp_path / "hf")
         yield running
     HfFileSystem.clear_instance_cache()
 
@@ -83,8 +70,8 @@ def config(tmp_path: Path, **changes: Any) -> DataConfig:
 
 
 def fit(tmp_path: Path, changed: DataConfig, **options: Any) -> Tracer:
-    tracer, data = Tracer(), ImageNetDataModule(changed, seed=1)
-    trainer(tmp_path, **options).fit(tracer, data)
+    tracer, data, ckpt = Tracer(), ImageNetDataModule(changed, seed=1), options.pop("ckpt_path", None)
+    trainer(tmp_path, **options).fit(tracer, data, ckpt_path=ckpt)
     return tracer
 
 
@@ -232,6 +219,53 @@ def test_no_network_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch, hub
     with pytest.raises(DataError, match=r"cannot be reached.*\.$") as error:
         open_split(IMAGENET, "train")
     assert "\n" not in str(error.value)
+
+
+def move_the_branch(hub: LoopbackHub) -> None:
+    """`main` becomes another commit, whose files have the same names and other rows."""
+    before = hub.folder.with_name("before")
+    hub.folder.rename(before)
+    hub.earlier[hub.commit], hub.commit = before, "b" * 40
+    for file in before.rglob("*.parquet"):
+        changed = hub.folder / file.relative_to(before)
+        changed.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pq.read_table(file).slice(1), changed, row_group_size=GROUP)
+
+
+def test_a_branch_that_moves_under_a_run_changes_nothing(tmp_path: Path, hub: LoopbackHub) -> None:
+    """The commit is fixed when the source is resolved, though no revision was asked for."""
+    calm = fit(tmp_path, config(tmp_path), max_epochs=1, limit_val_batches=0).seen
+    data, tracer = ImageNetDataModule(config(tmp_path, cache_dir=str(tmp_path / "other")), seed=1), Tracer()
+    data.prepare()
+    first = hub.commit
+    move_the_branch(hub)
+    saved = SaveAt(4, tmp_path / "4.ckpt")
+    trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[saved]).fit(tracer, data)
+    assert tracer.seen == calm[:4]
+    assert data.commit == first
+    assert open_split(IMAGENET, "train").images == TRAIN - 5
+
+
+def test_resuming_on_another_commit_is_refused(tmp_path: Path, hub: LoopbackHub) -> None:
+    fit(tmp_path, config(tmp_path), max_epochs=1, callbacks=[SaveAt(4, tmp_path / "4.ckpt")])
+    hub.earlier[hub.commit], hub.commit = hub.folder, "b" * 40
+    with pytest.raises(DataError, match=rf"made with revision {'a' * 40}, now {'b' * 40}: resume with the same"):
+        fit(tmp_path, config(tmp_path), max_epochs=1, ckpt_path=tmp_path / "4.ckpt")
+
+
+def test_a_commit_that_goes_away_is_told_in_one_sentence(tmp_path: Path, hub: LoopbackHub) -> None:
+    data = ImageNetDataModule(config(tmp_path))
+    data.prepare()
+    hub.commit = "b" * 40
+    with pytest.raises(DataError, match=r"is gone from the hub: .*data\.revision\.$"):
+        next(iter(data.train_dataloader()))
+
+
+def test_a_set_of_several_configurations_is_refused_in_one_sentence(hub: LoopbackHub) -> None:
+    configs = "".join(f"- config_name: {name}\n  data_files: data/{name}*\n" for name in ("train", "validation"))
+    (hub.folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    with pytest.raises(DataError, match=r"cannot be opened: Config name is missing\.$"):
+        open_split(IMAGENET, "train")
 
 
 def test_a_pinned_revision_is_what_is_read(hub: LoopbackHub) -> None:

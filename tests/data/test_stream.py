@@ -83,16 +83,21 @@ def test_memory_is_bounded_by_bytes_and_rows_still_come(tmp_path: Path) -> None:
     assert len(reader._held) > 1
 
 
-def test_an_image_folder_a_saved_dataset_and_one_in_memory_give_the_same_rows(tmp_path: Path) -> None:
+def test_an_image_folder_a_saved_dataset_arrow_files_and_one_in_memory_give_the_same_rows(tmp_path: Path) -> None:
     made = table(20)
     for i in range(20):
         place = tmp_path / "images/train" / f"class {i % CLASSES}"
         place.mkdir(parents=True, exist_ok=True)
         (place / f"{i:03d}.png").write_bytes(png(i))
     datasets.DatasetDict({"train": made}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "arrow").mkdir()
+    for shard in range(2):
+        kept = str(tmp_path / "arrow" / f"train-{shard:05d}-of-00002.arrow")
+        made.shard(2, shard, contiguous=True).map(lambda row: row, cache_file_name=kept)
     splits = [
         open_split(str(tmp_path / "images"), "train"),
         open_split(str(tmp_path / "saved"), "train"),
+        open_split(str(tmp_path / "arrow"), "train"),
         table_split(made, "in memory"),
     ]
     wanted = sorted((png(i), (i % CLASSES,)) for i in range(20))
@@ -145,9 +150,24 @@ def test_mistakes_are_one_sentence_each(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not class numbers") as error:
         open_split("sample", "train", label_column="image")
     one_sentence(error)
+    with pa.ipc.new_file(tmp_path / "train.arrow", pa.schema({"image": pa.binary()})):
+        pass  # Arrow's other format
+    with pytest.raises(DataError, match=r"not one set in Arrow's stream format.*Parquet") as error:
+        open_split(str(tmp_path), "train")
+    one_sentence(error)
     (tmp_path / "torn.parquet").write_bytes(b"PAR1 torn")
     with pytest.raises(DataError, match="not a whole Parquet file") as error:
         open_split(str(tmp_path / "torn.parquet"), "train")
+    one_sentence(error)
+
+
+def test_a_file_that_changes_under_a_reader_is_one_sentence(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "set", "train.parquet", range(20))
+    split = open_split(str(tmp_path / "set"), "train")
+    file = tmp_path / "set" / "train.parquet"
+    file.write_bytes(b"?" * file.stat().st_size)
+    with pytest.raises(DataError, match=r"Row group 0 of .*train.parquet is damaged, or the file was changed") as error:
+        open_reader(split).rows([0])
     one_sentence(error)
 
 

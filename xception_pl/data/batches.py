@@ -1,7 +1,7 @@
 """Batches by position: the datasets that loader workers run. One item is one whole batch of one rank."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -12,7 +12,16 @@ from torch.utils.data import Dataset
 
 from xception_pl.data.cache import GroupCache
 from xception_pl.data.config import DataConfig
-from xception_pl.data.decode import DecodeError, Pixels, eval_image, train_image
+from xception_pl.data.decode import (
+    MAX_PIXELS,
+    DecodeError,
+    Pixels,
+    eval_image,
+    plain_jpeg_size,
+    train_crop,
+    train_image,
+)
+from xception_pl.data.device_decode import Undecoded, decode_on
 from xception_pl.data.errors import DataError
 from xception_pl.data.fetch import new_faults
 from xception_pl.data.plan import EpochPlan, EvalPlan, image_seeds, per_device_batch
@@ -60,6 +69,16 @@ class Item:
     corrupt: list[Corrupt]
     faults: dict[str, int]
     """Reads that failed and were tried again since the item before."""
+    encoded: Tensor | None = None
+    """Bytes of the images that are left to the device: `batch` has no "image" yet."""
+    undecoded: tuple[Undecoded, ...] = ()
+    cpu_images: tuple[Pixels, ...] = ()
+    """The others, in the order of their places."""
+
+    def pin_memory(self) -> "Item":
+        """The same in page-locked memory, from which copies to a GPU are fast: the loader looks for this method."""
+        pinned = {name: value.pin_memory() for name, value in self.batch.items()}
+        return replace(self, batch=pinned, encoded=None if self.encoded is None else self.encoded.pin_memory())
 
 
 class _Batches(Dataset[Item | DataError]):
@@ -122,23 +141,78 @@ class TrainBatches(_Batches):
         try:
             rows = self._rows(ids)
             seeds = image_seeds(self.seed, position[0], ids)
-            images, corrupt = [], []
-            for i, (row, at, seed) in enumerate(zip(rows, ids.tolist(), seeds.tolist(), strict=True)):
-                decode = partial(_train_image, config=self.config, seed=seed, channels=self.form.channels)
-                image = _decoded(decode, row)
-                if isinstance(image, str):
-                    corrupt.append(Corrupt(at, image))
-                    rows[i], image = self._next_whole(at, decode)
+            left, encoded = self._left_to_the_device(rows, seeds) if self.config.decode == "gpu" else ((), None)
+            here = sorted(set(range(len(rows))) - {image.place for image in left})
+            images: list[Pixels] = []
+            corrupt: list[Corrupt] = []
+            for i in here:
+                rows[i], image = self._whole(rows[i], int(ids[i]), int(seeds[i]), corrupt)
                 images.append(image)
         except DataError as error:
             return error
         batch = {
-            "image": _stack(images),
             "label": self.form.labels(rows),
             "id": torch.from_numpy(ids),
             "seed": torch.from_numpy(seeds),
         }
-        return Item(batch, corrupt, new_faults())
+        if encoded is not None:
+            return Item(batch, corrupt, new_faults(), encoded, left, tuple(images))
+        return Item({"image": _stack(images), **batch}, corrupt, new_faults())
+
+    def on_device(self, item: Item, device: torch.device) -> Item | DataError:
+        """An item whose images were left to the device, made whole there.
+
+        What the device's decoder refuses is decoded here on the CPU, and replaced if it is corrupt.
+        """
+        if item.encoded is None:
+            return item
+        size, batch, corrupt = self.config.image_size, dict(item.batch), list(item.corrupt)
+        shape = (len(batch["id"]), self.form.channels, size, size)
+        images = torch.empty(shape, dtype=torch.uint8, device=device, memory_format=torch.channels_last)
+        places = sorted(set(range(len(images))) - {image.place for image in item.undecoded})
+        if places:
+            images[places] = _stack(list(item.cpu_images)).to(device)
+        crops = decode_on(device, item.encoded, item.undecoded, size)
+        on_cpu = list(item.cpu_images)
+        try:
+            for image, crop in zip(item.undecoded, crops, strict=True):
+                if crop is None:
+                    i = image.place
+                    row = Row(item.encoded[image.start : image.stop].numpy().tobytes(), ())
+                    found, pixels = self._whole(row, int(batch["id"][i]), int(batch["seed"][i]), corrupt)
+                    if found is not row:
+                        batch["label"][i] = self.form.labels([found])[0]
+                    on_cpu.append(pixels)
+                    crop = _stack([pixels])[0]
+                images[image.place] = crop
+        except DataError as error:
+            return error
+        return Item({"image": images, **batch}, corrupt, item.faults, cpu_images=tuple(on_cpu))
+
+    def _left_to_the_device(
+        self, rows: list[Row], seeds: npt.NDArray[np.int64]
+    ) -> tuple[tuple[Undecoded, ...], Tensor]:
+        """The crops of plain JPEGs, and their bytes; what else there is takes the CPU's way."""
+        left, start = [], 0
+        for place, (row, seed) in enumerate(zip(rows, seeds.tolist(), strict=True)):
+            size = plain_jpeg_size(row.data)
+            if size is not None and size[0] * size[1] <= MAX_PIXELS:
+                crop = train_crop(self.config, np.random.default_rng(seed), *size)
+                left.append(Undecoded(place, start, start + len(row.data), crop))
+                start += len(row.data)
+        joined = b"".join(rows[image.place].data for image in left)
+        return tuple(left), torch.frombuffer(bytearray(joined), dtype=torch.uint8) if left else torch.empty(
+            0, dtype=torch.uint8
+        )
+
+    def _whole(self, row: Row, at: int, seed: int, corrupt: list[Corrupt]) -> tuple[Row, Pixels]:
+        """The row at `at` decoded on the CPU; where it is corrupt, that is noted and another takes its place."""
+        decode = partial(_train_image, config=self.config, seed=seed, channels=self.form.channels)
+        image = _decoded(decode, row)
+        if not isinstance(image, str):
+            return row, image
+        corrupt.append(Corrupt(at, image))
+        return self._next_whole(at, decode)
 
     def _next_whole(self, at: int, decode: Callable[[bytes], Pixels]) -> tuple[Row, Pixels]:
         """The replacement of a corrupt image: the next row of the source that can be decoded."""

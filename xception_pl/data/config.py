@@ -17,7 +17,7 @@ class DataConfig:
     """Where images come from, how they are cropped and changed, and how many make a batch."""
 
     source: str = "ILSVRC/imagenet-1k"
-    """Hub dataset id, folder or file of Parquet, image folder, `sample`: the images that ship with the package, or
+    """Hub dataset id, folder or file of Parquet, folder of Arrow files or images, `sample`: the shipped images, or
     `sample-outfits`: pictures of several of them, with label lists."""
     revision: str | None = None
     """Git revision of a hub dataset: pin a commit for a reproduction."""
@@ -58,6 +58,8 @@ class DataConfig:
     """Loader processes per device; 0 loads in the training process."""
     prefetch: int = 4
     """Batches each worker holds ready."""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """Where training JPEGs are decoded: by the workers, or by nvJPEG on the GPU, as far as it can. Not yet run on one."""
     train_crop: Literal["inception", "resize", "timm"] = "inception"
     """Training crop: `inception` TF-Slim's random box, `timm` RandomResizedCrop (8-100 %), `resize` the whole image."""
     crop_area_min: float = 0.05

@@ -1,5 +1,6 @@
 """`ImageNetDataModule`: any image classification source of `datasets`, planned exactly, streamed, cropped, batched."""
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 
 from xception_pl.data.agree import tell_others, told_by_others
 from xception_pl.data.ahead import FillAhead, NodeNeeds
 from xception_pl.data.augment import DeviceAugment
-from xception_pl.data.batches import Batch, EvalBatches, Format, Position, TrainBatches
+from xception_pl.data.batches import Batch, EvalBatches, Format, Item, Position, TrainBatches
 from xception_pl.data.cache import GroupCache, cache_folder
 from xception_pl.data.class_weights import label_counts, read_class_weights
 from xception_pl.data.config import FREQUENCY, DataConfig
@@ -76,6 +78,8 @@ class ImageNetDataModule(pl.LightningDataModule):
         self._ahead: FillAhead | None = None
         self.faults: Counter[str] = Counter()
         """Reads of this rank that failed and were tried again, by kind."""
+        self.decoded_on_cpu = 0
+        """With data.decode gpu: training images of this rank that the GPU's decoder does not take."""
 
     # What the source holds
 
@@ -85,6 +89,8 @@ class ImageNetDataModule(pl.LightningDataModule):
         Raises:
             DataError: one sentence on what is wrong with the source.
         """
+        if train and self.config.decode == "gpu":
+            self._check_device()
         for name, wanted in (("train", train), ("val", val)):
             if wanted and name not in self._splits:
                 self._splits[name] = self._open(name)
@@ -116,6 +122,12 @@ class ImageNetDataModule(pl.LightningDataModule):
         if "val" not in self._splits and self.config.val_images is not None:
             return self.config.val_images
         return self._split("val").images
+
+    @property
+    def commit(self) -> str | None:
+        """Commit of the hub dataset, fixed when it was resolved; None for other sources."""
+        split = self._split("train")
+        return split.commit if isinstance(split, ParquetSplit) else None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -176,12 +188,14 @@ class ImageNetDataModule(pl.LightningDataModule):
             world=self._world,
             accumulate=self.accumulate,
         )
-        order = {
+        order: dict[str, int | str] = {
             "seed": self.seed,
             "images": split.images,
             "global_batch": config.global_batch,
             "shuffle_window": config.shuffle_window,
         }
+        if self.commit is not None:
+            order["revision"] = self.commit
         return PlannedLoader(
             batches,
             position=self._train_position,
@@ -196,6 +210,7 @@ class ImageNetDataModule(pl.LightningDataModule):
             on_corrupt=CorruptImages(
                 split, self._corrupt_file, config.max_corrupt * split.images / self._world, "data.max_corrupt"
             ),
+            finish=functools.partial(self._decode_on_device, batches) if config.decode == "gpu" else None,
         )
 
     def val_dataloader(self) -> PlannedLoader:
@@ -273,6 +288,17 @@ class ImageNetDataModule(pl.LightningDataModule):
         config = self.config
         return open_cache(self._split(name), config.cache_dir, config.cache_gb, config.retry_seconds)
 
+    @property
+    def _device(self) -> torch.device:
+        """Where training images are decoded."""
+        return self.trainer.strategy.root_device if self.trainer is not None else torch.device("cuda")
+
+    def _decode_on_device(self, batches: TrainBatches, item: Item) -> Item | DataError:
+        done = batches.on_device(item, self._device)
+        if isinstance(done, Item):
+            self.decoded_on_cpu += len(done.cpu_images)
+        return done
+
     def _fill_ahead(self, split: Split, cache: GroupCache) -> Callable[[Position], None]:
         """Have a process fetch what this node's ranks need next; returns what tells it where the training is."""
         ranks = self.trainer.num_devices if self.trainer is not None else 1
@@ -310,6 +336,8 @@ class ImageNetDataModule(pl.LightningDataModule):
             self.faults.update(self._ahead.faults())
             self._ahead.close()
             self._ahead = None
+        if self.decoded_on_cpu:
+            _log.warning("%d training images were decoded on the CPU: no plain JPEGs.", self.decoded_on_cpu)
         if self.faults:
             kinds = ", ".join(f"{kind}: {count}" for kind, count in self.faults.most_common())
             _log.warning("%d reads failed and were tried again (%s).", self.faults.total(), kinds)
@@ -347,6 +375,16 @@ class ImageNetDataModule(pl.LightningDataModule):
             )
         self._check(split, f"data.{name}_images", config.train_images if name == "train" else config.val_images)
         return split
+
+    def _check_device(self) -> None:
+        if self.in_chans != 3:
+            raise DataError(
+                f"data.decode gpu makes images of 3 channels, and model.in_chans is {self.in_chans}: "
+                "set data.decode to cpu."
+            )
+        cuda = torch.cuda.is_available() if self.trainer is None else self._device.type == "cuda"
+        if not cuda:
+            raise DataError("data.decode gpu needs a CUDA GPU to train on, and there is none: set data.decode to cpu.")
 
     def _check(self, split: Split, key: str, expected: int | None) -> None:
         if expected is not None and expected != split.images:

@@ -18,7 +18,7 @@ in both directions, where it decodes with a smaller DCT.
 
 import io
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,23 +37,39 @@ class DecodeError(ValueError):
     """These bytes are no image that can be read: empty, truncated, unknown, or too many pixels."""
 
 
-def train_image(data: bytes, config: DataConfig, rng: np.random.Generator, channels: int = 3) -> Pixels:
-    """Random crop of `data`, resized to (S, S, channels) with S = `config.image_size`, flipped half the time.
+class Crop(NamedTuple):
+    """Which part of an image is shown, and how it is resized; the arguments of `native.crop_jpeg`."""
 
-    `config.train_crop` names the box and the filter: `inception` and `resize` are bilinear, `timm` is bicubic.
+    box: Box
+    bicubic: bool
+    flip: bool = False
+    context: bool = False
+    scaled: bool = False
+
+
+def train_crop(config: DataConfig, rng: np.random.Generator, height: int, width: int) -> Crop:
+    """A random crop of an image, flipped half the time, by `config.train_crop`.
+
+    It names the box and the filter: `inception` and `resize` are bilinear, `timm` is bicubic.
+    """
+    if config.train_crop == "inception":
+        box = inception_box(rng, height, width, config.crop_area_min)
+    elif config.train_crop == "timm":
+        box = timm_box(rng, height, width, config.crop_area_min)
+    else:
+        box = whole_box(height, width)
+    flip = config.flip and bool(rng.random() < 0.5)
+    return Crop(box, config.train_crop == "timm", flip=flip, scaled=True)
+
+
+def train_image(data: bytes, config: DataConfig, rng: np.random.Generator, channels: int = 3) -> Pixels:
+    """`train_crop` of `data`, resized to (S, S, channels) with S = `config.image_size`.
 
     Raises:
         DecodeError: the bytes cannot be read.
     """
     image = _Source(data, channels)
-    if config.train_crop == "inception":
-        box = inception_box(rng, image.height, image.width, config.crop_area_min)
-    elif config.train_crop == "timm":
-        box = timm_box(rng, image.height, image.width, config.crop_area_min)
-    else:
-        box = whole_box(image.height, image.width)
-    flip = config.flip and bool(rng.random() < 0.5)
-    return image.crop(box, config.image_size, config.train_crop == "timm", flip=flip, scaled=True)
+    return image.crop(config.image_size, train_crop(config, rng, image.height, image.width))
 
 
 def eval_image(data: bytes, config: DataConfig, channels: int = 3) -> Pixels:
@@ -70,12 +86,12 @@ def eval_image(data: bytes, config: DataConfig, channels: int = 3) -> Pixels:
     """
     image, size = _Source(data, channels), config.image_size
     if config.eval_crop == "tf-slim":
-        return image.crop(central_box(image.height, image.width), size, bicubic=False)
+        return image.crop(size, Crop(central_box(image.height, image.width), bicubic=False))
     if config.eval_crop == "timm":
-        return image.crop(timm_eval_box(image.height, image.width, size), size, bicubic=True, context=True)
+        return image.crop(size, Crop(timm_eval_box(image.height, image.width, size), bicubic=True, context=True))
     if config.eval_crop == "keras":
         return _pixels(image.pillow().resize((size, size), Image.Resampling.NEAREST))
-    return image.crop(whole_box(image.height, image.width), size, bicubic=False)
+    return image.crop(size, Crop(whole_box(image.height, image.width), bicubic=False))
 
 
 class _Source:
@@ -86,20 +102,19 @@ class _Source:
             raise ValueError(f"images have 1 or 3 channels, not {channels}: set model.in_chans to 1 or 3")
         self.data, self.channels = data, channels
         size = plain_jpeg_size(data) if channels == 3 else None
-        self._decoded = None if size else _open(data, channels)
+        self._decoded = None if size else open_image(data, channels)
         self.height, self.width = size or (self.pillow().height, self.pillow().width)
         if self.height * self.width > MAX_PIXELS:
             raise DecodeError(f"an image of {self.width} × {self.height} pixels is too large to be decoded")
 
     def pillow(self) -> Image.Image:
         if self._decoded is None:
-            self._decoded = _open(self.data, self.channels)
+            self._decoded = open_image(self.data, self.channels)
         return self._decoded
 
-    def crop(
-        self, box: Box, size: int, bicubic: bool, flip: bool = False, context: bool = False, scaled: bool = False
-    ) -> Pixels:
-        """`box` resized to (size, size, channels); the arguments are those of `native.crop_jpeg`."""
+    def crop(self, size: int, crop: Crop) -> Pixels:
+        """The crop resized to (size, size, channels)."""
+        box, bicubic, flip, context, scaled = crop
         if self._decoded is None:
             pixels = crop_jpeg(self.data, box, size, bicubic, flip, context, scaled)
             if pixels is not None:
@@ -135,8 +150,12 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _open(data: bytes, channels: int) -> Image.Image:
-    """The image as Pillow's RGB, or L for one channel."""
+def open_image(data: bytes, channels: int) -> Image.Image:
+    """The whole image as Pillow's RGB, or L for one channel.
+
+    Raises:
+        DecodeError: the bytes cannot be read.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -5,11 +5,15 @@ Training must outlast longer storms, must end before the process group's timeout
 So each read is one request here, its length is checked, and the waits between tries are ours.
 """
 
+import hashlib
 import importlib
 import logging
 import random
 import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import unquote
 
 import fsspec
@@ -22,6 +26,7 @@ SILENCE_SECONDS = 30.0
 """A connection without a byte for so long is given up and made anew."""
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
+_NAMES_A_REQUEST = 500
 _FOR_A_WHILE = {408, 425, 429, 500, 502, 503, 504}
 
 faults: Counter[str] = Counter()
@@ -105,17 +110,13 @@ def _read_hub(path: str, start: int, stop: int) -> bytes:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
-    repo, revision, name = _hub_parts(path)
+    repo, revision, name = hub_parts(path)
     url = hf_hub_url(repo, name, repo_type="dataset", revision=revision, endpoint=constants.ENDPOINT)
     headers = {**build_hf_headers(), "Range": f"bytes={start}-{stop - 1}"}
-    session = get_session()
-    # the hub's client went from requests to httpx to httpx2: ask the session whose errors it raises
-    library = importlib.import_module(type(session).__module__.partition(".")[0])
-    transport_error = getattr(library, "TransportError", None) or library.RequestException
     try:
-        response = session.get(url, headers=headers, timeout=SILENCE_SECONDS)
+        response = get_session().get(url, headers=headers, timeout=SILENCE_SECONDS)
         hf_raise_for_status(response)
-    except transport_error as error:
+    except _transport_error() as error:
         raise _Again(type(error).__name__) from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
@@ -125,9 +126,73 @@ def _read_hub(path: str, start: int, stop: int) -> bytes:
     return bytes(response.content)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HubFile:
+    """A file of one commit and what the hub says of it."""
+
+    url: str
+    size: int
+    """Bytes."""
+    sha256: str | None
+    """Of the content; None for small files, of which the hub keeps git's hash alone."""
+    git_hash: str
+    """SHA-1 of git's blob, for files with no `sha256`."""
+
+    def matches(self, path: Path) -> bool:
+        """Whether a local file has this content."""
+        if path.stat().st_size != self.size:
+            return False
+        head = b"" if self.sha256 else f"blob {self.size}\0".encode()
+        digest = hashlib.new("sha256" if self.sha256 else "sha1", head, usedforsecurity=False)
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        return digest.hexdigest() == (self.sha256 or self.git_hash)
+
+
+def hub_files(urls: Sequence[str]) -> tuple[str, list[HubFile]]:
+    """The commit that hub files are of, and size and hash of each, in their order.
+
+    Raises:
+        DataError: the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.hf_api import RepoFile
+
+    parts = [hub_parts(url) for url in urls]
+    (repo, commit), *others = {(repo, commit) for repo, commit, _ in parts}
+    assert not others, "the files of a split are of one commit"
+    names = [name for _, _, name in parts]
+    found: dict[str, RepoFile] = {}
+    try:
+        for start in range(0, len(names), _NAMES_A_REQUEST):
+            asked = names[start : start + _NAMES_A_REQUEST]
+            entries = HfApi().get_paths_info(repo, asked, revision=commit, repo_type="dataset")
+            found |= {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    except HfHubHTTPError as error:
+        raise DataError(refusal(urls[0], error.response.status_code)) from error
+    except _transport_error() as error:
+        raise DataError(f"The hub cannot be reached to list {repo} ({type(error).__name__}): try again.") from error
+    return commit, [
+        HubFile(url=url, size=entry.size, sha256=entry.lfs.sha256 if entry.lfs else None, git_hash=entry.blob_id)
+        for url, entry in zip(urls, (found[name] for name in names), strict=True)
+    ]
+
+
+def _transport_error() -> type[Exception]:
+    """What the hub's client raises when there is no answer."""
+    from huggingface_hub import get_session
+
+    # it went from requests to httpx to httpx2: ask the session whose errors it raises
+    library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
+    kind: type[Exception] = getattr(library, "TransportError", None) or library.RequestException
+    return kind
+
+
 def refusal(path: str, status: int) -> str:
     """What to do when the hub refuses a file for good."""
-    dataset = _hub_parts(path)[0]
+    dataset = hub_parts(path)[0]
     if status == 401:
         return (
             f"The dataset {dataset} is gated or private and no token was given: accept its terms at "
@@ -138,10 +203,12 @@ def refusal(path: str, status: int) -> str:
             f"The token given has no access to the dataset {dataset}: accept its terms at "
             f"https://huggingface.co/datasets/{dataset} with the same account."
         )
+    if status == 404:
+        return f"{path} is gone from the hub: that commit's history was rewritten; name another in data.revision."
     return f"The hub refuses {path} with status {status}."
 
 
-def _hub_parts(path: str) -> tuple[str, str, str]:
+def hub_parts(path: str) -> tuple[str, str, str]:
     """Repository, commit and file of hf://datasets/REPOSITORY@COMMIT/FILE, as `datasets` lists a hub set's files."""
     repo, _, rest = path.removeprefix("hf://datasets/").partition("@")
     revision, _, name = rest.partition("/")

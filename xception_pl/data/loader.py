@@ -32,13 +32,14 @@ class PlannedLoader:
         position: (epoch, index) of the next batch.
         workers: processes; 0 loads in this one.
         prefetch: batches a worker holds ready.
-        order: numbers that the order is a function of, by name.
+        order: what the order is a function of, by name.
         accumulate: micro-batches an optimiser step, kept beside them: a resume may change it.
         on_resume: told the checkpoint's `accumulate`.
         endless: whether workers go on into the next epoch.
         on_faults: told the reads that failed and were tried again, by kind.
         on_batch: told the position of each batch taken.
         on_corrupt: told of images that could not be decoded; may raise.
+        finish: does in this process what workers cannot do to an item.
     """
 
     def __init__(
@@ -48,19 +49,21 @@ class PlannedLoader:
         position: Callable[[], Position],
         workers: int,
         prefetch: int,
-        order: Mapping[str, int] | None = None,
+        order: Mapping[str, int | str] | None = None,
         accumulate: int = 1,
         on_resume: Callable[[int], None] | None = None,
         endless: bool = False,
         on_faults: Callable[[Mapping[str, int]], None] | None = None,
         on_batch: Callable[[Position], None] | None = None,
         on_corrupt: Callable[[list[Corrupt]], None] | None = None,
+        finish: Callable[[Item], Item | DataError] | None = None,
     ) -> None:
         self.batches = batches
         self._position = position
         self._order = dict(order or {})
         self._accumulate, self._on_resume = accumulate, on_resume
         self._on_faults, self._on_batch, self._on_corrupt = on_faults, on_batch, on_corrupt
+        self._finish = finish
         self._sampler = _From(len(batches), endless)
         self._loader: DataLoader[Any] = DataLoader(
             batches,
@@ -107,6 +110,8 @@ class PlannedLoader:
                 "A loader worker was killed, by the system if memory ran out: lower data.workers, data.prefetch or "
                 "data.shuffle_window."
             ) from error
+        if self._finish is not None and isinstance(item, Item):
+            item = self._finish(item)
         if isinstance(item, DataError):
             raise item
         if item.faults and self._on_faults is not None:
@@ -115,10 +120,10 @@ class PlannedLoader:
             self._on_corrupt(item.corrupt)
         return item.batch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         return {**self._order, "accumulate": self._accumulate}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, int | str]) -> None:
         """Check that an epoch begun elsewhere can go on here.
 
         Raises:
@@ -131,7 +136,7 @@ class PlannedLoader:
                 "resume with the same values, or from the end of an epoch."
             )
         if self._on_resume is not None:
-            self._on_resume(state.get("accumulate", self._accumulate))
+            self._on_resume(int(state.get("accumulate", self._accumulate)))
 
 
 @functools.cache

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xception_pl.data.config import OUTFITS, local_path
 from xception_pl.data.errors import DataError
-from xception_pl.data.fetch import refusal
+from xception_pl.data.fetch import hub_parts, refusal
 
 if TYPE_CHECKING:
     import datasets
@@ -74,6 +75,11 @@ class ParquetSplit(Split):
         return any("://" in file for file in self.files)
 
     @cached_property
+    def commit(self) -> str | None:
+        """Of the hub dataset that these files were resolved to: what is read even when the branch moves on."""
+        return hub_parts(self.files[0])[1] if self.files[0].startswith("hf://") else None
+
+    @cached_property
     def groups(self) -> tuple[tuple[int, int], ...]:
         """(file, row group within it) of each unit."""
         return tuple((f, g) for f, footer in enumerate(self.footers) for g in range(footer.num_row_groups))
@@ -98,8 +104,8 @@ def open_split(
     """Resolve one split of a source; reads metadata only (for Parquet: the footers, in parallel).
 
     Args:
-        source: `sample`, `sample-outfits`, a hub dataset id, or a local path: a Parquet file, a folder of Parquet or of
-            images, or a folder written by `Dataset.save_to_disk`.
+        source: `sample`, `sample-outfits`, a hub dataset id, or a local path: a Parquet file, a folder of Parquet, of
+            images or of Arrow files that `datasets` wrote, or a folder written by `Dataset.save_to_disk`.
         split: its name in the source.
         revision: git revision, for hub datasets.
         image_column: column of encoded images.
@@ -109,6 +115,7 @@ def open_split(
     Raises:
         DataError: source, revision, split or column do not exist or cannot be read; says which and what to do.
     """
+    from datasets.packaged_modules.arrow.arrow import Arrow
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
     from datasets.packaged_modules.parquet.parquet import Parquet
 
@@ -128,6 +135,8 @@ def open_split(
     if isinstance(builder, ImageFolder):
         rows = builder.as_streaming_dataset(split=split)
         return table_split(_listed(rows, where, image_column), where, image_column, label_column)
+    if isinstance(builder, Arrow) and path is not None:
+        return table_split(_mapped(files), where, image_column, label_column)
     raise DataError(
         f"{source} holds {builder.dataset_name or 'unknown'} files, which cannot be read row by row: "
         "convert it to Parquet (Dataset.to_parquet) and give that folder as data.source."
@@ -154,6 +163,26 @@ def table_split(
     )
 
 
+def hub_parquet(source: str, revision: str | None) -> dict[str, list[str]]:
+    """URLs of a hub dataset's Parquet files by split; each names its commit.
+
+    Raises:
+        DataError: it is not on the hub, or not Parquet.
+    """
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    if local_path(source) is not None:
+        raise DataError(f"{source} is a local path: name a dataset of the hub, for example ILSVRC/imagenet-1k.")
+    builder = _hub_builder(source, revision)
+    if not isinstance(builder, Parquet):
+        raise DataError(
+            f"{source} holds {builder.dataset_name or 'unknown'} files, not Parquet: the hub's own conversion may be "
+            "at --revision refs/convert/parquet."
+        )
+    data_files: Mapping[str, list[str]] = builder.config.data_files or {}
+    return {str(name): [str(file) for file in files] for name, files in data_files.items()}
+
+
 def _builder(source: str, path: Path | None, revision: str | None) -> "datasets.DatasetBuilder":
     from datasets import load_dataset_builder
     from datasets.exceptions import DataFilesNotFoundError
@@ -165,7 +194,7 @@ def _builder(source: str, path: Path | None, revision: str | None) -> "datasets.
             return load_dataset_builder("parquet", data_files=str(path))
         return load_dataset_builder(str(path))
     except (DataFilesNotFoundError, FileNotFoundError) as error:
-        raise DataError(f"There are no images or Parquet files in data.source {source}.") from error
+        raise DataError(f"There are no images, Parquet or Arrow files in data.source {source}.") from error
 
 
 def _hub_builder(source: str, revision: str | None) -> "datasets.DatasetBuilder":
@@ -192,7 +221,7 @@ def _hub_builder(source: str, revision: str | None) -> "datasets.DatasetBuilder"
             f"The hub cannot be reached to open {source}: check the network and HF_HUB_OFFLINE, "
             "or give a local mirror as data.source."
         ) from error
-    except (DatasetsError, HFValidationError, FileNotFoundError) as error:
+    except (DatasetsError, HFValidationError, FileNotFoundError, ValueError) as error:
         raise DataError(f"data.source {source} cannot be opened: {str(error).splitlines()[0].rstrip('.')}.") from error
 
 
@@ -233,6 +262,19 @@ def _saved_split(path: Path, split: str, image_column: str, label_column: str) -
     if split not in saved:
         raise _no_split(split, str(path), [str(name) for name in saved])
     return table_split(saved[split], where, image_column, label_column)
+
+
+def _mapped(files: list[str]) -> "datasets.Dataset":
+    """Arrow files as `datasets` writes them, mapped into memory."""
+    import datasets
+
+    try:
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+    except (pa.ArrowInvalid, ValueError) as error:
+        raise DataError(
+            f"{files[0]} and its {len(files) - 1} neighbours are not one set in Arrow's stream format, which `datasets` "
+            "writes: convert them to Parquet and give that folder as data.source."
+        ) from error
 
 
 def _listed(rows: "datasets.IterableDataset", where: str, image_column: str) -> "datasets.Dataset":

@@ -138,8 +138,14 @@ def _read_columns(split: ParquetSplit, group: int, columns: Sequence[str], retry
     leaves = [_leaf(footer, column) for column in columns]
     spans = _spans(footer.row_group(index), leaves)
     parts = [(start, read_range(split.files[file], start, stop, retry_seconds)) for start, stop in spans]
-    parquet = pq.ParquetFile(pa.PythonFile(_Parts(parts, footer)), metadata=footer)
-    return parquet.read_row_group(index, columns=leaves, use_threads=False)
+    try:
+        parquet = pq.ParquetFile(pa.PythonFile(_Parts(parts, footer)), metadata=footer)
+        return parquet.read_row_group(index, columns=leaves, use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"Row group {index} of {split.files[file]} is damaged, or the file was changed since the run began: "
+            "leave it alone while it is read, or copy it again."
+        ) from error
 
 
 def kept_footer(path: str, keep: Path | None) -> pq.FileMetaData:
