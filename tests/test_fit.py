@@ -178,7 +178,6 @@ def test_resuming_equals_not_stopping(run: Any, capsys: pytest.CaptureFixture[st
     assert one["state_dict"].keys() == other["state_dict"].keys()
     for name, value in one["state_dict"].items():
         assert torch.equal(value, other["state_dict"][name]), name
-    assert one["lr_schedulers"] == other["lr_schedulers"]
     assert one["optimizer_states"][0]["param_groups"] == other["optimizer_states"][0]["param_groups"]
 
 
@@ -217,10 +216,31 @@ def test_resuming_with_another_network_is_refused(run: Any, capsys: pytest.Captu
     assert ended.value.code == 2
 
 
-def test_a_changed_rate_is_named_on_resuming(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_optimiser_settings_act_on_resuming(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the next step on: stored settings and rates must not outlive the recipe's."""
     assert run("tiny.yaml", signals_at=(2,)) == 130
-    assert run("tiny.yaml", "--resume=last", "--optim.l2=0.001") == 0
+    assert run("tiny.yaml", "--resume=last", "--optim.l2=0.001", "--optim.momentum=0.5", "--optim.lr=0.004") == 0
     assert "changed   optim.l2 was 1e-05 and is 0.001" in capsys.readouterr().out
+    groups = {group["name"]: group for group in state(only_run())["optimizer_states"][0]["param_groups"]}
+    assert (groups["l2"]["weight_decay"], groups["no_l2"]["weight_decay"]) == (0.001, 0)
+    assert {group["momentum"] for group in groups.values()} == {0.5}
+    rates = [float(row["lr"]) for row in logged(only_run()) if row["lr"]]
+    assert rates == [0.004 * 0.94**3, 0.004 * 0.94**5, 0.004 * 0.94**7, 0.004 * 0.94**11]
+
+
+def test_a_finished_run_that_goes_on_is_unfinished_again(run: Any) -> None:
+    assert run("tiny.yaml", "--trainer.max_epochs=1") == 0
+    assert (only_run() / "results.json").exists()
+    assert run("tiny.yaml", "--resume=last", signals_at=(8,)) == 130
+    assert not (only_run() / "results.json").exists()
+
+
+@pytest.mark.parametrize("change", ["ema_decay=0", "name=rmsprop", "l2_on=all"])
+def test_another_optimiser_cannot_resume(run: Any, capsys: pytest.CaptureFixture[str], change: str) -> None:
+    assert run("tiny.yaml", signals_at=(2,)) == 130
+    with pytest.raises(SystemExit):
+        run("tiny.yaml", "--resume=last", f"--optim.{change}")
+    assert f"optim.{change.split('=')[0]} was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -234,6 +254,11 @@ def test_a_changed_rate_is_named_on_resuming(run: Any, capsys: pytest.CaptureFix
         ("--data.global_batch=5000", "5000"),
         ("--model.name=xcepton", "xception"),
         ("--model.segments=7", "segments"),
+        ("--optim.decay_every_epochs=0.001", "optim.decay_every_epochs"),
+        (
+            "--data.image_size=72 --model.name=vit_tiny_patch16_224 --model.width=1 --model.middle_blocks=8",
+            "image_size 72",
+        ),
         ("--trainer.accelerator=gpu", "GPU"),
         ("--trainer.precision=16-mixed", "trainer.precision 16-mixed needs a GPU"),
     ],
@@ -242,7 +267,7 @@ def test_what_the_machine_or_the_source_refuses(
     run: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, override: str, expected: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        run("tiny.yaml", override)
+        run("tiny.yaml", *override.split())
     errors = capsys.readouterr().err
     assert ended.value.code == 2
     assert expected in errors

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from xception_pl.data.datamodule import ImageNetDataModule
 from xception_pl.module import XceptionModule
+from xception_pl.nets.create import create_network
 from xception_pl.recipe import Recipe, RecipeError, flat, to_plain
 from xception_pl.run.checkpoints import AtomicCheckpointIO, Checkpoints
 from xception_pl.run.config import TrainerConfig
@@ -53,6 +54,21 @@ def build_module(
         class_weights=class_weights,
         preprocessing={"image_size": recipe.data.image_size, "eval_crop": recipe.data.eval_crop},
     )
+
+
+def check_network(recipe: Recipe) -> list[str]:
+    """Whether the network can be built and takes the recipe's images: tried without memory or arithmetic."""
+    size, channels = recipe.data.image_size, recipe.model.in_chans
+    try:
+        with torch.device("meta"):
+            network = create_network(recipe.model).eval()
+    except ValueError as error:
+        return [f"{error}."] if not str(error).endswith((".", "?")) else [str(error)]
+    try:
+        network(torch.empty(2, channels, size, size, device="meta"))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return [f"model.name {recipe.model.name} does not take images of data.image_size {size}: {error}"]
+    return []
 
 
 def find_devices(config: TrainerConfig) -> tuple[Literal["cpu", "gpu"], int, list[str]]:
@@ -151,22 +167,26 @@ def load_for_resume(path: Path, recipe: Recipe) -> list[str]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        stored = checkpoint["recipe"]
+        changed = _differences(checkpoint["recipe"], recipe)
     except Exception as error:
         raise RecipeError([f"--resume: {path} is not a checkpoint of a run: {str(error).splitlines()[0]}"]) from error
-    changed = _differences(stored, recipe)
-    fatal = [line for line in changed if line.startswith(("seed", "model.", "data.global_batch", "data.source"))]
+    fatal = [f"{name} {how}" for name, how in changed.items() if name.startswith(_FIXED)]
+    averaged = [how for name, how in changed.items() if name == "optim.ema_decay" and " 0.0" in f" {how} "]
+    fatal += [f"optim.ema_decay {how}, and averaging cannot be switched on or off" for how in averaged]
     if fatal:
-        raise RecipeError([f"--resume: {path} was trained with another recipe: {line}." for line in fatal])
-    return changed
+        raise RecipeError([f"--resume: {path} was trained with another recipe: {sentence}." for sentence in fatal])
+    return [f"{name} {how}" for name, how in changed.items()]
 
 
-def _differences(stored: dict[str, Any], recipe: Recipe) -> list[str]:
+_FIXED = ("seed", "model.", "data.global_batch", "data.source", "optim.name", "optim.l2_on", "optim.loss")
+"""Keys without which a checkpoint's weights, optimiser state or position mean something else."""
+
+
+def _differences(stored: dict[str, Any], recipe: Recipe) -> dict[str, str]:
+    """Keys whose values differ, with both."""
     old, new = flat(stored), flat(to_plain(recipe))
     names = [*new, *(name for name in old if name not in new)]
-    return [
-        f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in names if old.get(name) != new.get(name)
-    ]
+    return {name: f"was {old.get(name)!r} and is {new.get(name)!r}" for name in names if old.get(name) != new.get(name)}
 
 
 def _quiet() -> None:

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -79,6 +77,7 @@ class XceptionModule(LightningModule):
         self.loss = loss_function(self.optim_config)
         self.val_loss = loss_function(replace(self.optim_config, label_smoothing=0.0))
         self.train_metrics, self.val_metrics = self._metrics(), self._metrics()
+        self.val_metrics["images"] = SumMetric()
 
     def _metrics(self) -> nn.ModuleDict:
         scores: dict[str, nn.Module]
@@ -90,7 +89,7 @@ class XceptionModule(LightningModule):
                 f"top{k}": MulticlassAccuracy(classes, average="micro", top_k=min(k, classes), validate_args=False)
                 for k in (1, 5)
             }
-        return nn.ModuleDict({"loss": MeanMetric(), "images": SumMetric(), **scores})
+        return nn.ModuleDict({"loss": MeanMetric(), **scores})
 
     @property
     def evaluated(self) -> nn.Module:
@@ -163,10 +162,16 @@ class XceptionModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.log_dict({f"val_{name}": metric for name, metric in _each(self.val_metrics)}, logger=False)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = create_optimizer(self.optim_config, self.network)
-        factor = LambdaLR(optimizer, lambda step: self.learning_rate(step) / self.optim_config.lr)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
+    def configure_optimizers(self) -> Optimizer:
+        return create_optimizer(self.optim_config, self.network)
+
+    def on_train_start(self) -> None:
+        # A checkpoint restores the optimiser's settings with its state: a recipe changed since (and named by the plan)
+        # must win.
+        (optimizer,) = self.trainer.optimizers
+        fresh = create_optimizer(self.optim_config, self.network)
+        for group, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+            group.update({name: value for name, value in new.items() if name != "params"})
 
     def optimizer_step(
         self,
@@ -175,6 +180,9 @@ class XceptionModule(LightningModule):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
+        # Set here, from the step alone: a scheduler would have state of its own to restore.
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.trainer.global_step)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.average is not None:  # here and not at the batch's end: accumulated batches are one update
             self.average.update(self.network)

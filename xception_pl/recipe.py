@@ -138,6 +138,7 @@ def check(recipe: Recipe, skip: Collection[str] = ()) -> list[str]:
         "trainer": run_config.check_trainer(recipe.trainer),
         "run": run_config.check_run(recipe.run),
     }
+    found["seed"] = [] if 0 <= recipe.seed < 2**63 else [f"seed must be 0 or more and below 2**63, not {recipe.seed}."]
     problems = [problem for section, sentences in found.items() if section not in skip for problem in sentences]
     if recipe.data.class_weights is not None and recipe.optim.loss != "sigmoid" and not {"data", "optim"} & set(skip):
         problems.append(
@@ -175,10 +176,13 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key_node.value} stands twice", problem_mark=key_node.start_mark
-                )
+            problem = None
+            if not isinstance(key_node, yaml.ScalarNode):
+                problem = "a key must be a word"
+            elif key_node.value in seen:
+                problem = f"the key {key_node.value} stands twice"
+            if problem is not None:
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
@@ -203,7 +207,7 @@ def read_mapping(path: Path, missing: str) -> tuple[dict[Any, Any], list[str]]:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         return {}, [f"{path}{line}: not valid YAML: {error.problem}."]
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         return {}, [f"{path} is not valid YAML: {' '.join(str(error).split())}."]
     if content is None:
         content = {}
@@ -224,11 +228,17 @@ def _read_leaves(path: Path, above: tuple[Path, ...]) -> tuple[_Leaves, list[str
     problems: list[str] = []
     base = content.pop("base", None)
     if base is not None:
-        if isinstance(base, str):
+        if isinstance(base, str) and base:
             leaves, problems = _read_leaves(path.parent / base, (*above, path.resolve()))
         else:
             problems = [f"{path}: base must be the path of another recipe, not {base!r}."]
-    leaves |= dict(_flatten(content, "", str(path)))
+    try:
+        own = list(_flatten(content, "", str(path)))
+    except RecursionError:
+        return leaves, [*problems, f"{path}: a mapping contains itself."]
+    names = [name for name, _ in own]
+    problems += [f"{path}: the key {name} stands twice." for name in dict.fromkeys(names) if names.count(name) > 1]
+    leaves |= dict(own)
     return leaves, problems
 
 

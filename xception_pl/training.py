@@ -6,12 +6,12 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
-from xception_pl.build import build_data, build_module, build_trainer, find_devices, load_for_resume
+from xception_pl.build import build_data, build_module, build_trainer, check_network, find_devices, load_for_resume
 from xception_pl.commands import FAILED, Arguments
 from xception_pl.data import native
 from xception_pl.data.config import idle_augment
 from xception_pl.data.datamodule import ImageNetDataModule
-from xception_pl.data.errors import DataError
+from xception_pl.data.errors import DataError, SourceUnreachable
 from xception_pl.module import XceptionModule
 from xception_pl.recipe import Recipe, RecipeError, check_batch
 from xception_pl.run.figures import draw_curves
@@ -68,23 +68,22 @@ def prepare(recipe: Recipe, *, resume: str | None = None, dry_run: bool = False)
     checkpoint = None if resume is None else find_checkpoint(resume, recipe)
     folder = None if checkpoint is None else folder_of(checkpoint)
     accelerator, devices, missing = find_devices(recipe.trainer)
-    problems = check_batch(recipe, devices) + ([] if dry_run else missing)
+    problems = check_batch(recipe, devices) + check_network(recipe) + ([] if dry_run else missing)
     if problems:
         raise RecipeError(problems)
     data = build_data(recipe)
     unchecked = missing if dry_run else []
-    images: tuple[int | None, int | None]
-    class_names: list[str] | None
+    images: tuple[int | None, int | None] = (recipe.data.train_images, recipe.data.val_images)
+    class_names: list[str] | None = None
     class_weights: list[float] | None = None
     try:
         data.prepare()
         images, class_names = (data.train_images, data.val_images), list(data.class_names)
         class_weights = data.class_weights()
-    except DataError as error:
-        if not dry_run or recipe.data.train_images is None:
+    except SourceUnreachable as error:
+        if not dry_run:
             raise
         unchecked = [*unchecked, str(error)]
-        images, class_names = (recipe.data.train_images, recipe.data.val_images), None
     plan = Plan(
         recipe=recipe,
         ranks=devices * recipe.trainer.num_nodes,
@@ -94,16 +93,19 @@ def prepare(recipe: Recipe, *, resume: str | None = None, dry_run: bool = False)
     )
     if plan.problems():
         raise RecipeError(plan.problems())
+    module = build_module(
+        recipe,
+        images_per_epoch=plan.train_images,
+        total_steps=plan.total_steps,
+        class_names=class_names,
+        class_weights=class_weights,
+    )
+    if plan.total_steps is not None and plan.train_images is not None:
+        module.learning_rate(plan.total_steps - 1)  # refuses stairs shorter than a step
     return Prepared(
         plan=plan,
         data=data,
-        module=build_module(
-            recipe,
-            images_per_epoch=plan.train_images,
-            total_steps=plan.total_steps,
-            class_names=class_names,
-            class_weights=class_weights,
-        ),
+        module=module,
         folder=folder or planned_folder(recipe),
         accelerator=accelerator,
         devices=devices,

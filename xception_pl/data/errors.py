@@ -3,3 +3,7 @@
 
 class DataError(ValueError):
     """One sentence for the user: what is wrong with the data, where, and what to do."""
+
+
+class SourceUnreachable(DataError):
+    """The source could not be asked (no network, no access): it may be right all the same."""

@@ -45,7 +45,7 @@ class ModelConfig:
 def check(config: ModelConfig) -> list[str]:
     """What is impossible in these values: one sentence each. Whether a timm name exists is known when the network is built."""
     problems = []
-    least = {"num_classes": 1, "in_chans": 1, "middle_blocks": 0}
+    least = {"num_classes": 1, "in_chans": 1, "middle_blocks": 0, "channel_multiple": 1}
     for name, lowest in least.items():
         if getattr(config, name) < lowest:
             problems.append(f"model.{name} must be at least {lowest}, not {getattr(config, name)}.")

@@ -28,7 +28,7 @@ class TrainerConfig:
     max_steps: int = -1
     """Optimiser steps at which training stops, if sooner than max_epochs; -1 for no limit."""
     accumulate_grad_batches: int = 1
-    """Batches whose gradients are summed into one optimiser step."""
+    """Batches whose gradients are averaged into one optimiser step."""
     gradient_clip_val: float | None = None
     """Largest norm (or value) of the gradient; null does not clip."""
     gradient_clip_algorithm: Literal["norm", "value"] = "norm"
@@ -40,7 +40,7 @@ class TrainerConfig:
     benchmark: bool = False
     """cuDNN tries its algorithms at the first step and takes the fastest."""
     limit_train_batches: int | None = None
-    """Batches an epoch (per device); null for all."""
+    """Batches an epoch (per device); null for all. Keys of `optim` that count epochs count whole ones all the same."""
     limit_val_batches: int | None = None
     """Batches a validation (per device); null for all."""
     check_val_every_n_epoch: int = 1
@@ -87,6 +87,12 @@ def check_trainer(trainer: TrainerConfig) -> list[str]:
         problems.append(f"trainer.devices must be at least 1, or auto, not {trainer.devices}.")
     if trainer.max_steps != -1 and trainer.max_steps < 1:
         problems.append(f"trainer.max_steps must be at least 1, or -1 for no limit, not {trainer.max_steps}.")
+    limit, accumulate = trainer.limit_train_batches, trainer.accumulate_grad_batches
+    if limit is not None and accumulate > 0 and limit % accumulate:
+        problems.append(
+            f"trainer.limit_train_batches {limit} is no multiple of trainer.accumulate_grad_batches {accumulate}: "
+            "the last step of an epoch would be made of fewer batches."
+        )
     if trainer.gradient_clip_val is not None and trainer.gradient_clip_val <= 0:
         problems.append(f"trainer.gradient_clip_val must be above 0, or null, not {trainer.gradient_clip_val}.")
     if trainer.gradient_clip_val is None and trainer.gradient_clip_algorithm != "norm":
@@ -99,7 +105,7 @@ def check_run(run: RunConfig) -> list[str]:
     problems = []
     if run.save_every_steps < 0:
         problems.append(f"run.save_every_steps must be 0 (each epoch's end) or more, not {run.save_every_steps}.")
-    if run.name is not None and (not run.name or Path(run.name).name != run.name):
+    if run.name is not None and (run.name == ".." or not run.name or Path(run.name).name != run.name):
         problems.append(f"run.name must be a plain folder name, not {run.name!r}.")
     if not _writable(Path(run.folder)):
         problems.append(

@@ -62,6 +62,7 @@ def folder_of(checkpoint: Path) -> Path | None:
 def write_description(folder: Path, recipe: Recipe) -> None:
     """Writes the resolved recipe and the environment."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").unlink(missing_ok=True)  # a finished run that goes on is unfinished again
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
 

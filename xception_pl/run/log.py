@@ -49,7 +49,7 @@ class RunLog(Callback):
         if trainer.global_step % self.every_n_steps == 0 or trainer.is_last_batch:
             assert isinstance(pl_module, XceptionModule)
             row = pl_module.train_results() | {
-                "lr": pl_module.learning_rate(trainer.global_step - 1),
+                "lr": trainer.optimizers[0].param_groups[0]["lr"],
                 "images_per_second": steps * self.global_batch / self._clock.seconds(),
                 "data_wait": self._clock.wait_share(),
             }
@@ -69,8 +69,8 @@ class RunLog(Callback):
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, ImageNetDataModule) or data.config.val_corrupt == "skip":
             return
-        if trainer.limit_val_batches == 1.0 and counted != data.val_images:
-            raise RuntimeError(f"the validation counted {counted:.0f} images, but the split has {data.val_images}")
+        whole = isinstance(trainer.limit_val_batches, float)  # an int is the recipe's limit
+        assert not whole or counted == data.val_images, f"validation counted {counted:.0f} of {data.val_images} images"
 
     def _write(self, trainer: Trainer, row: dict[str, float]) -> None:
         self.latest |= row

@@ -53,10 +53,6 @@ class Plan:
                 f"data.global_batch {batch} is more than the {images} training images: an epoch would have no step; "
                 "choose a smaller batch."
             ]
-        if self.epoch_steps == 0:
-            return [
-                "trainer.limit_train_batches is below trainer.accumulate_grad_batches: an epoch would have no step."
-            ]
         return []
 
     def lines(self, *, parameters: int, hardware: str, learning_rate: Callable[[int], float], folder: str) -> list[str]:
