@@ -25,6 +25,10 @@ def test_the_changelog_knows_the_version() -> None:
     assert f"## {xception_pl.__version__}" in Path("CHANGELOG.md").read_text()
 
 
+def test_the_readme_shows_the_recipe_as_it_is() -> None:
+    assert Path("recipes/quickstart.yaml").read_text().rstrip() in Path("README.md").read_text()
+
+
 def test_pins_name_versions_and_no_place() -> None:
     lines = [line for line in Path("constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9_.\-]+==[\w.]+( ; .+)?", line) for line in lines)
