@@ -64,6 +64,7 @@ class PlannedLoader:
         self._accumulate, self._on_resume = accumulate, on_resume
         self._on_faults, self._on_batch, self._on_corrupt = on_faults, on_batch, on_corrupt
         self._finish = finish
+        self._ending = torch.multiprocessing.get_context().Event()
         self._sampler = _From(len(batches), endless)
         self._loader: DataLoader[Any] = DataLoader(
             batches,
@@ -74,7 +75,9 @@ class PlannedLoader:
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=functools.partial(_leave_signals_to_the_trainer, _closing()) if workers else None,
+            worker_init_fn=functools.partial(_leave_signals_to_the_trainer, (_closing(), self._ending))
+            if workers
+            else None,
         )
         self._iterator: Iterator[Any] | None = None  # under this name Lightning finds and stops the workers
         self._next: Position | None = None
@@ -113,12 +116,19 @@ class PlannedLoader:
         if self._finish is not None and isinstance(item, Item):
             item = self._finish(item)
         if isinstance(item, DataError):
+            self._end_workers()
             raise item
         if item.faults and self._on_faults is not None:
             self._on_faults(item.faults)
         if item.corrupt and self._on_corrupt is not None:
             self._on_corrupt(item.corrupt)
         return item.batch
+
+    def _end_workers(self) -> None:
+        """Now, not after their reads: against a source that does not answer these last for minutes."""
+        self._ending.set()
+        for worker in getattr(self._iterator, "_workers", ()):
+            worker.terminate()
 
     def state_dict(self) -> dict[str, int | str]:
         return {**self._order, "accumulate": self._accumulate}
@@ -147,13 +157,13 @@ def _closing() -> Event:
     return event
 
 
-def _leave_signals_to_the_trainer(closing: Event, worker: int) -> None:
+def _leave_signals_to_the_trainer(ends: tuple[Event, ...], worker: int) -> None:
     """A worker's signals: Ctrl-C and a scheduler's SIGTERM go to every process, and the trainer needs workers to save.
 
-    A worker ends when it is told so, when its parent is gone (torch looks), or on SIGTERM once the parent is closing.
+    A worker ends when it is told so, when its parent is gone (torch looks), or on SIGTERM once one of `ends` is set.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else None)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if any(end.is_set() for end in ends) else None)
 
 
 class _From(Sampler[Position]):
