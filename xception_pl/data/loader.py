@@ -34,7 +34,8 @@ class PlannedLoader:
         prefetch: batches a worker holds ready.
         order: what the order is a function of, by name.
         accumulate: micro-batches an optimiser step, kept beside them: a resume may change it.
-        on_resume: told the checkpoint's `accumulate`.
+        on_resume: told the checkpoint's `accumulate` when the run goes on inside an epoch.
+        new_epoch: whether the checkpoint was saved when an epoch was done, so that any order may follow.
         endless: whether workers go on into the next epoch.
         on_faults: told the reads that failed and were tried again, by kind.
         on_batch: told the position of each batch taken.
@@ -52,6 +53,7 @@ class PlannedLoader:
         order: Mapping[str, int | str] | None = None,
         accumulate: int = 1,
         on_resume: Callable[[int], None] | None = None,
+        new_epoch: Callable[[], bool] | None = None,
         endless: bool = False,
         on_faults: Callable[[Mapping[str, int]], None] | None = None,
         on_batch: Callable[[Position], None] | None = None,
@@ -61,7 +63,7 @@ class PlannedLoader:
         self.batches = batches
         self._position = position
         self._order = dict(order or {})
-        self._accumulate, self._on_resume = accumulate, on_resume
+        self._accumulate, self._on_resume, self._new_epoch = accumulate, on_resume, new_epoch
         self._on_faults, self._on_batch, self._on_corrupt = on_faults, on_batch, on_corrupt
         self._finish = finish
         self._ending = torch.multiprocessing.get_context().Event()
@@ -139,6 +141,8 @@ class PlannedLoader:
         Raises:
             DataError: when its order was another; names what differs.
         """
+        if self._new_epoch is not None and self._new_epoch():
+            return
         differ = [f"{key} {state[key]}, now {now}" for key, now in self._order.items() if state.get(key, now) != now]
         if differ:
             raise DataError(
