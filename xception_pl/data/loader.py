@@ -108,8 +108,8 @@ class PlannedLoader:
         self._next = (epoch, index + 1) if index + 1 < len(self) else (epoch + 1, 0)
         try:
             item: Item | DataError = next(self._iterator)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two while it was handing over a batch
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise DataError(
                 "A loader worker was killed, by the system if memory ran out: lower data.workers, data.prefetch or "
