@@ -8,6 +8,7 @@ from PIL import Image
 
 from xception_pl.bench import __main__ as bench
 from xception_pl.bench.data import image_files, in_turns, main, our_batches, write_parquet
+from xception_pl.recipe import load_recipe
 
 
 def test_images_are_made_from_photographs(tmp_path: Path) -> None:
@@ -38,6 +39,18 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "A GPU that trains 1,000 images/s needs" in capsys.readouterr().out
 
 
+def test_a_recipe_brings_its_source_and_crops(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    options = ["recipes/quickstart.yaml", "--images", "3", "--turns", "1", "--workers", "0", "--json", str(out)]
+    assert main(options) == 0
+    result = json.loads(out.read_text())
+    recipe = load_recipe("recipes/quickstart.yaml").data
+    names = [row["name"] for row in result["one_core"]]
+    assert f"xception_pl, the recipe's crop ({recipe.train_crop}, {recipe.image_size} px)" in names
+    assert result["images"] == 3
+    assert result["mean_kilobytes"] < 1  # the shipped 28 × 28 images
+
+
 def test_our_batches_come_from_parquet(tmp_path: Path) -> None:
     contents = [path.read_bytes() for path in image_files(None, 4, tmp_path)]
     folder = write_parquet(contents * 20, tmp_path / "parquet")
@@ -46,6 +59,9 @@ def test_our_batches_come_from_parquet(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.yaml").write_text("data: {sauce: sample}")
+    assert main([str(tmp_path / "bad.yaml")]) == 2
+    assert "sauce" in capsys.readouterr().err
     assert main([str(tmp_path)]) == 2
     assert "holds no .jpg, .jpeg, .png, .webp file: name a folder of images." in capsys.readouterr().err
     assert bench.main(["speed"]) == 2

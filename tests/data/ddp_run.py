@@ -1,7 +1,8 @@
 """Run by test_ddp in processes of its own: trains a tracer on some ranks and writes down what each of them saw.
 
-python -m tests.data.ddp_run WORLD FOLDER [corrupt]
+python -m tests.data.ddp_run WORLD FOLDER [corrupt | CHECKPOINT]
 
+With a checkpoint, of a run with another world, it goes on from there, with and without two accumulated batches a step.
 With `corrupt`, one image of the last rank's first batch cannot be decoded and each rank writes down how its run ended.
 """
 
@@ -66,6 +67,13 @@ def main() -> None:
     world, folder = int(sys.argv[1]), Path(sys.argv[2])
     if sys.argv[3:] == ["corrupt"]:
         end_with_a_corrupt_image(world, folder)
+        return
+    if sys.argv[3:]:
+        for accumulate in (1, 2):
+            data = ImageNetDataModule(config(folder, workers=2), seed=1, accumulate=accumulate)
+            trace = fit(folder, data, world, ckpt_path=sys.argv[3]).seen
+            (folder / f"moved to {world}, accumulating {accumulate}.json").write_text(json.dumps(trace))
+        return
     seen: dict[str, Any] = {}
     rank = 0
     for workers in (0, 2, 3):

@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -108,6 +109,33 @@ def test_resuming_twice_equals_not_stopping(
         trace += part.seen
         ckpt = path
     assert trace == whole.seen
+
+
+class SaveEpochs(pl.Callback):
+    """Saves where `fit` does: when an epoch and its evaluation are done."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / f"epoch {trainer.current_epoch}.ckpt")
+
+
+@pytest.mark.parametrize("max_epochs", [-1, 3])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_run_of_so_many_steps_goes_on_from_the_end_of_an_epoch(tmp_path: Path, epoch: int, max_epochs: int) -> None:
+    limits = {"max_steps": 25, "max_epochs": max_epochs}
+    whole = run(tmp_path, module(), callbacks=[SaveEpochs()], **limits)
+    assert len(whole.seen) == 25
+    path = tmp_path / f"epoch {epoch}.ckpt"
+    rest = run(tmp_path, module(), callbacks=[SaveAt(23, tmp_path / "23.ckpt")], ckpt_path=path, **limits)
+    last = run(tmp_path, module(), ckpt_path=tmp_path / "23.ckpt", **limits)
+    assert rest.seen + last.seen == whole.seen[10 * (epoch + 1) :]
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 2}, {"max_epochs": 2, "max_steps": 15}])
+def test_another_order_may_follow_the_end_of_an_epoch(tmp_path: Path, limits: dict[str, int]) -> None:
+    run(tmp_path, module(), callbacks=[SaveEpochs()], **limits)
+    rest = run(tmp_path, module(global_batch=20), ckpt_path=tmp_path / "epoch 0.ckpt", **limits)
+    assert {len(ids) for ids in rest.seen} == {20}
+    assert len(rest.seen) == 5
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])

@@ -17,11 +17,11 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
-def launch(world: int, folder: Path, hub: LoopbackHub) -> list[dict[str, Any]]:
+def launch(world: int, folder: Path, hub: LoopbackHub, *more: str) -> list[dict[str, Any]]:
     """The notes of each rank."""
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home")}
     env.pop("HF_TOKEN", None)
-    command = [sys.executable, "-m", "tests.data.ddp_run", str(world), str(folder)]
+    command = [sys.executable, "-m", "tests.data.ddp_run", str(world), str(folder), *more]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"world {world} rank {rank}.json").read_text()) for rank in range(world)]
@@ -32,7 +32,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, list[di
     folder = tmp_path_factory.mktemp("ddp")
     write_set(folder / "hub")
     with LoopbackHub(folder / "hub") as hub:
-        yield {world: launch(world, folder, hub) for world in (1, 2, 3)}
+        notes = {world: launch(world, folder, hub) for world in (1, 2, 3)}
+        launch(1, folder, hub, str(folder / "world 2 step 11.ckpt"))
+        for accumulate in (1, 2):
+            trace = json.loads((folder / f"moved to 1, accumulating {accumulate}.json").read_text())
+            notes[1][0][f"moved, accumulating {accumulate}"] = {"train": trace}
+        yield notes
 
 
 def test_one_ranks_data_error_ends_all_ranks_with_the_same_sentence(tmp_path: Path) -> None:
@@ -65,6 +70,14 @@ def test_two_resumes_change_nothing_on_any_rank(runs: dict[int, Any]) -> None:
     for ranks in runs.values():
         for rank in ranks:
             assert rank["resumed twice"]["train"] == rank["workers 0"]["train"]
+
+
+def test_a_run_of_two_ranks_goes_on_with_one_inside_the_epoch(runs: dict[int, Any]) -> None:
+    alone = runs[1][0]
+    rest = alone["workers 0"]["train"][11:]  # 11 steps are an epoch of 8 and three more
+    assert alone["moved, accumulating 1"]["train"] == rest
+    halves = alone["moved, accumulating 2"]["train"]
+    assert [a + b for a, b in zip(halves[::2], halves[1::2], strict=True)] == rest
 
 
 def test_evaluation_counts_each_image_once_over_all_ranks(runs: dict[int, Any]) -> None:

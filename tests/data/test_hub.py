@@ -167,12 +167,18 @@ def test_a_stall_is_cut_and_read_again(tmp_path: Path, hub: LoopbackHub, monkeyp
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_hub_that_stays_away_ends_the_run_with_one_sentence(tmp_path: Path, hub: LoopbackHub, workers: int) -> None:
+    """And its workers at once, though they could go on trying."""
     data = ImageNetDataModule(config(tmp_path, retry_seconds=0.3, workers=workers))
     data.prepare()
     hub.faults.append(status(503))
+    loader = data.train_dataloader()
     with pytest.raises(DataError, match=r"tries in \d+ s failed, the last with 503; .*mirror.*\.$") as error:
-        next(iter(data.train_dataloader()))
+        next(iter(loader))
     assert "\n" not in str(error.value)
+    for worker in getattr(loader._iterator, "_workers", []):
+        worker.join(2)
+        assert worker.exitcode == 0
+    data.teardown()
 
 
 def test_a_gated_set_says_what_to_do_and_keeps_the_token(

@@ -19,11 +19,16 @@ from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 SIZE = 299
 PREFETCH = 2  # batches a worker holds ready
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+if TYPE_CHECKING:
+    from xception_pl.data.config import DataConfig
+    from xception_pl.recipe import Recipe
+
 Way = Callable[[Path, bytes, int], object]
 
 
@@ -39,7 +44,8 @@ class Row:
 def main(arguments: list[str]) -> int:
     """Command line of `python -m xception_pl.bench data`."""
     parser = argparse.ArgumentParser(prog="python -m xception_pl.bench data", description=__doc__)
-    parser.add_argument("folder", nargs="?", type=Path, help="folder of images; without it, 500 × 375 JPEGs are made "
+    parser.add_argument("source", nargs="?", type=Path, metavar="RECIPE|FOLDER", help="a recipe (.yaml), whose data "
+                        "and crops are measured, or a folder of images; without either, 500 × 375 JPEGs are made "
                         "from scikit-image's photographs")  # fmt: skip
     parser.add_argument("--images", type=int, default=128, help="use at most so many images (default %(default)s)")
     parser.add_argument(
@@ -52,8 +58,13 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            files = image_files(options.folder, options.images, Path(scratch))
-            result = measure(files, options.turns, options.workers, options.gpu_rate, Path(scratch))
+            recipe = read_recipe(options.source)
+            if recipe is None:
+                files = image_files(options.source, options.images, Path(scratch))
+            else:
+                files = recipe_files(recipe, options.images, Path(scratch))
+            crops = recipe.data if recipe is not None else None
+            result = measure(files, options.turns, options.workers, options.gpu_rate, Path(scratch), crops)
         except ValueError as error:
             print(error, file=sys.stderr)
             return 2
@@ -61,6 +72,46 @@ def main(arguments: list[str]) -> int:
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0
+
+
+def read_recipe(source: Path | None) -> "Recipe | None":
+    """The recipe that is to be measured; None where a folder or nothing was named.
+
+    Raises:
+        ValueError: the recipe has mistakes.
+    """
+    from xception_pl.recipe import RecipeError, load_recipe
+
+    if source is None or source.suffix not in (".yaml", ".yml"):
+        return None
+    try:
+        return load_recipe(source)
+    except RecipeError as error:
+        raise ValueError(error.problems[0]) from error
+
+
+def recipe_files(recipe: "Recipe", count: int, scratch: Path) -> list[Path]:
+    """The first `count` training images of a recipe's source, as files.
+
+    Raises:
+        DataError: the source cannot be read.
+    """
+    from xception_pl.data.source import open_split
+    from xception_pl.data.stream import open_reader
+
+    data = recipe.data
+    split = open_split(
+        data.source,
+        data.train_split,
+        revision=data.revision,
+        image_column=data.image_column,
+        label_column=data.label_column,
+    )
+    files = []
+    for number, row in enumerate(open_reader(split, data.retry_seconds).rows(range(min(count, split.images)))):
+        files.append(scratch / f"{number:05d}")
+        files[-1].write_bytes(row.data)
+    return files
 
 
 def image_files(folder: Path | None, count: int, scratch: Path) -> list[Path]:
@@ -93,8 +144,15 @@ def image_files(folder: Path | None, count: int, scratch: Path) -> list[Path]:
     return files
 
 
-def measure(files: list[Path], turns: int, workers: int, gpu_rate: float | None, scratch: Path) -> dict[str, object]:
-    """Everything that `report` prints and `--json` keeps."""
+def measure(
+    files: list[Path],
+    turns: int,
+    workers: int,
+    gpu_rate: float | None,
+    scratch: Path,
+    crops: "DataConfig | None" = None,
+) -> dict[str, object]:
+    """Everything that `report` prints and `--json` keeps; `crops` are measured besides those of the paper and timm."""
     import torch
 
     from xception_pl.data import native
@@ -106,7 +164,7 @@ def measure(files: list[Path], turns: int, workers: int, gpu_rate: float | None,
     except native.Unavailable as reason:
         way = f"Pillow, because {reason}"
     contents = [path.read_bytes() for path in files]
-    seconds = in_turns(ways(), files, contents, turns)
+    seconds = in_turns(ways(crops), files, contents, turns)
     base = seconds["timm, default training transform"]
     rows = [
         Row(
@@ -153,7 +211,7 @@ def in_turns(ways: dict[str, Way], files: list[Path], contents: list[bytes], tur
     return seconds
 
 
-def ways() -> dict[str, Way]:
+def ways(crops: "DataConfig | None" = None) -> dict[str, Way]:
     """What is compared: functions of a file's path, its bytes and the number of the draw."""
     import io
 
@@ -198,6 +256,8 @@ def ways() -> dict[str, Way]:
         found["read and decode, simplejpeg"] = lambda path, data, draw: (
             simplejpeg.decode_jpeg(data) if simplejpeg.is_jpeg(path.read_bytes()) else pillow(data)
         )
+    if crops is not None:
+        found[f"xception_pl, the recipe's crop ({crops.train_crop}, {crops.image_size} px)"] = ours(crops)
     return found | {
         "timm, default training transform": lambda path, data, draw: timm_transform(pillow(path.read_bytes())),
         "torchvision v2, uint8": torchvision,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loops.loop import _Loop
 
 from xception_pl.data.agree import tell_others, told_by_others
 from xception_pl.data.ahead import FillAhead, NodeNeeds
@@ -204,6 +205,7 @@ class ImageNetDataModule(pl.LightningDataModule):
             order=order,
             accumulate=self.accumulate,
             on_resume=self._count_in_own_batches,
+            new_epoch=self._resumes_between_epochs,
             endless=True,
             on_faults=self.faults.update,
             on_batch=self._fill_ahead(split, cache) if cache is not None and self._local_rank == 0 else None,
@@ -256,6 +258,22 @@ class ImageNetDataModule(pl.LightningDataModule):
     @property
     def _world(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
+
+    def _resumes_between_epochs(self) -> bool:
+        """Whether the checkpoint was saved when an epoch was done.
+
+        Where `max_steps` is set Lightning 2.6.6 takes such an epoch up again, finds no batch left in it, and counts it
+        a second time: the next one would be skipped. Without `max_steps` it starts the next epoch; so it does here.
+        """
+        if self.trainer is None:
+            return False
+        fit = self.trainer.fit_loop
+        progress: Any = fit.epoch_progress.current  # as in `_train_position`
+        if progress.processed != progress.ready:
+            return False
+        setter: Any = _Loop.restarting
+        setter.fset(fit, False)  # not the fit loop's own, which insists
+        return True
 
     def _count_in_own_batches(self, accumulate: int) -> None:
         """Translate the trainer's progress, counted in micro-batches, from `accumulate` a step to this run's number.

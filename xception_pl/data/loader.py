@@ -34,7 +34,8 @@ class PlannedLoader:
         prefetch: batches a worker holds ready.
         order: what the order is a function of, by name.
         accumulate: micro-batches an optimiser step, kept beside them: a resume may change it.
-        on_resume: told the checkpoint's `accumulate`.
+        on_resume: told the checkpoint's `accumulate` when the run goes on inside an epoch.
+        new_epoch: whether the checkpoint was saved when an epoch was done, so that any order may follow.
         endless: whether workers go on into the next epoch.
         on_faults: told the reads that failed and were tried again, by kind.
         on_batch: told the position of each batch taken.
@@ -52,6 +53,7 @@ class PlannedLoader:
         order: Mapping[str, int | str] | None = None,
         accumulate: int = 1,
         on_resume: Callable[[int], None] | None = None,
+        new_epoch: Callable[[], bool] | None = None,
         endless: bool = False,
         on_faults: Callable[[Mapping[str, int]], None] | None = None,
         on_batch: Callable[[Position], None] | None = None,
@@ -61,9 +63,10 @@ class PlannedLoader:
         self.batches = batches
         self._position = position
         self._order = dict(order or {})
-        self._accumulate, self._on_resume = accumulate, on_resume
+        self._accumulate, self._on_resume, self._new_epoch = accumulate, on_resume, new_epoch
         self._on_faults, self._on_batch, self._on_corrupt = on_faults, on_batch, on_corrupt
         self._finish = finish
+        self._ending = torch.multiprocessing.get_context().Event()
         self._sampler = _From(len(batches), endless)
         self._loader: DataLoader[Any] = DataLoader(
             batches,
@@ -74,7 +77,9 @@ class PlannedLoader:
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=functools.partial(_leave_signals_to_the_trainer, _closing()) if workers else None,
+            worker_init_fn=functools.partial(_leave_signals_to_the_trainer, (_closing(), self._ending))
+            if workers
+            else None,
         )
         self._iterator: Iterator[Any] | None = None  # under this name Lightning finds and stops the workers
         self._next: Position | None = None
@@ -103,8 +108,8 @@ class PlannedLoader:
         self._next = (epoch, index + 1) if index + 1 < len(self) else (epoch + 1, 0)
         try:
             item: Item | DataError = next(self._iterator)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two while it was handing over a batch
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise DataError(
                 "A loader worker was killed, by the system if memory ran out: lower data.workers, data.prefetch or "
@@ -113,12 +118,19 @@ class PlannedLoader:
         if self._finish is not None and isinstance(item, Item):
             item = self._finish(item)
         if isinstance(item, DataError):
+            self._end_workers()
             raise item
         if item.faults and self._on_faults is not None:
             self._on_faults(item.faults)
         if item.corrupt and self._on_corrupt is not None:
             self._on_corrupt(item.corrupt)
         return item.batch
+
+    def _end_workers(self) -> None:
+        """Now, not after their reads: against a source that does not answer these last for minutes."""
+        self._ending.set()
+        for worker in getattr(self._iterator, "_workers", ()):
+            worker.terminate()
 
     def state_dict(self) -> dict[str, int | str]:
         return {**self._order, "accumulate": self._accumulate}
@@ -129,6 +141,8 @@ class PlannedLoader:
         Raises:
             DataError: when its order was another; names what differs.
         """
+        if self._new_epoch is not None and self._new_epoch():
+            return
         differ = [f"{key} {state[key]}, now {now}" for key, now in self._order.items() if state.get(key, now) != now]
         if differ:
             raise DataError(
@@ -147,13 +161,13 @@ def _closing() -> Event:
     return event
 
 
-def _leave_signals_to_the_trainer(closing: Event, worker: int) -> None:
+def _leave_signals_to_the_trainer(ends: tuple[Event, ...], worker: int) -> None:
     """A worker's signals: Ctrl-C and a scheduler's SIGTERM go to every process, and the trainer needs workers to save.
 
-    A worker ends when it is told so, when its parent is gone (torch looks), or on SIGTERM once the parent is closing.
+    A worker ends when it is told so, when its parent is gone (torch looks), or on SIGTERM once one of `ends` is set.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if closing.is_set() else None)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if any(end.is_set() for end in ends) else None)
 
 
 class _From(Sampler[Position]):
