@@ -156,6 +156,17 @@ def test_footers_are_read_once_and_kept(tmp_path: Path, hub: LoopbackHub) -> Non
     assert hub.requests["read"] == 5
 
 
+def test_torn_kept_footers_are_read_again_and_kept_anew(tmp_path: Path, hub: LoopbackHub) -> None:
+    assert ImageNetDataModule(config(tmp_path)).train_images == TRAIN
+    first, second, *_ = kept = sorted((tmp_path / "cache").rglob("*.footer"))
+    whole = [file.read_bytes() for file in kept]
+    first.write_bytes(b"")
+    second.write_bytes(whole[1][:4] + b"\xff" * (len(whole[1]) - 12) + whole[1][-8:])
+    assert ImageNetDataModule(config(tmp_path)).train_images == TRAIN
+    assert hub.requests["read"] == 5 + 2
+    assert [file.read_bytes() for file in kept] == whole
+
+
 def test_a_stall_is_cut_and_read_again(tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "SILENCE_SECONDS", 0.2)
     split = open_split(IMAGENET, "validation")

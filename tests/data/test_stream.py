@@ -161,6 +161,23 @@ def test_mistakes_are_one_sentence_each(tmp_path: Path) -> None:
     one_sentence(error)
 
 
+@pytest.mark.parametrize(
+    ("start", "stop", "says"),
+    [(-350, -200, "The footer of the Parquet file .* is damaged"), (-5, -4, "is not a whole Parquet file")],
+)
+def test_a_damaged_footer_is_one_sentence_that_names_the_file(
+    tmp_path: Path, start: int, stop: int, says: str
+) -> None:
+    write_parquet(tmp_path / "set", "train.parquet", range(20))
+    file = tmp_path / "set" / "train.parquet"
+    data = bytearray(file.read_bytes())
+    data[start:stop] = b"\xff" * (stop - start)
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=says) as error:
+        open_split(str(tmp_path / "set"), "train")
+    assert str(file) in one_sentence(error)
+
+
 def test_a_file_that_changes_under_a_reader_is_one_sentence(tmp_path: Path) -> None:
     write_parquet(tmp_path / "set", "train.parquet", range(20))
     split = open_split(str(tmp_path / "set"), "train")
