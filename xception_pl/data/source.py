@@ -255,7 +255,13 @@ def _outfits_split(split: str, image_column: str, label_column: str) -> Split:
 def _saved_split(path: Path, split: str, image_column: str, label_column: str) -> Split:
     from datasets import DatasetDict, load_from_disk
 
-    saved = load_from_disk(str(path))
+    try:
+        saved = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise DataError(
+            f"{path} holds a state.json or dataset_dict.json as `Dataset.save_to_disk` writes them, but no whole "
+            "dataset saved by it: save it again, or take that file away."
+        ) from error
     where = f"split {split!r} of {path}"
     if not isinstance(saved, DatasetDict):
         saved = DatasetDict({str(saved.split or "train"): saved})
