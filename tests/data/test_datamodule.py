@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -52,6 +53,45 @@ def test_numbers_are_known_without_a_trainer() -> None:
     assert (data.train_images, data.val_images) == (103, 21)
     assert (data.steps_per_epoch, data.images_dropped_per_epoch) == (10, 3)
     assert data.class_names == tuple(f"class {i}" for i in range(10))
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (
+            [f"class {i}" for i in (0, 1, 3, 2, 4, 5, 6, 7, 8, 9)],
+            "Class 2 is 'class 2' in .*train.* and 'class 3' in .*",
+        ),
+        ([f"class {i}" for i in range(11)], "Class 10 is missing in .*train.* and 'class 10' in .*"),
+    ],
+    ids=["another order", "one more"],
+)
+def test_splits_whose_classes_differ_are_refused(names: list[str], says: str) -> None:
+    val = table(21).cast_column("label", datasets.ClassLabel(names=names))
+    data = ImageNetDataModule(DataConfig(**CONFIG), train=table(40), val=val)
+    for _ in range(2):
+        with pytest.raises(DataError, match=rf"^{says}: give both splits the same classes in the same order\.$"):
+            data.prepare()
+
+
+def test_a_split_without_class_names_goes_with_any() -> None:
+    val = table(21).cast_column("label", datasets.Value("int64"))
+    data = ImageNetDataModule(DataConfig(**CONFIG), train=table(40), val=val)
+    data.prepare()
+    assert len(data.class_names) == 10
+
+
+@pytest.mark.parametrize("channels", [0, 2, 4])
+def test_images_of_other_channels_are_refused_at_once(channels: int) -> None:
+    with pytest.raises(ValueError, match=rf"^model.in_chans is {channels}, .*: set it to 1 or 3\.$"):
+        ImageNetDataModule(in_chans=channels)
+
+
+@pytest.mark.parametrize("options", [{"color": "full"}, {"color": "fast"}, {"randaugment": 2}], ids=str)
+def test_colour_changes_of_grey_images_are_refused_at_once(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^model.in_chans is 1, but data.color .* data.randaugment .*\.$"):
+        ImageNetDataModule(DataConfig(**options), in_chans=1)
+    ImageNetDataModule(DataConfig(**options), in_chans=3)
 
 
 def test_the_shipped_images_come_through_the_streaming_path() -> None:

@@ -18,7 +18,7 @@ from tests.loopback_hub import LoopbackHub, reset, short, sometimes, stall, stat
 from xception_pl.data import fetch
 from xception_pl.data.config import DataConfig
 from xception_pl.data.datamodule import ImageNetDataModule
-from xception_pl.data.errors import DataError
+from xception_pl.data.errors import DataError, SourceUnreachable
 from xception_pl.data.source import open_split
 from xception_pl.data.stream import open_reader
 
@@ -156,6 +156,23 @@ def test_footers_are_read_once_and_kept(tmp_path: Path, hub: LoopbackHub) -> Non
     assert hub.requests["read"] == 5
 
 
+def test_kept_footers_need_a_folder(tmp_path: Path, hub: LoopbackHub) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"^Nothing can be kept in .*/file .*set data.cache_dir to a folder"):
+        ImageNetDataModule(config(tmp_path, cache_dir=str(tmp_path / "file"))).prepare()
+
+
+def test_torn_kept_footers_are_read_again_and_kept_anew(tmp_path: Path, hub: LoopbackHub) -> None:
+    assert ImageNetDataModule(config(tmp_path)).train_images == TRAIN
+    first, second, *_ = kept = sorted((tmp_path / "cache").rglob("*.footer"))
+    whole = [file.read_bytes() for file in kept]
+    first.write_bytes(b"")
+    second.write_bytes(whole[1][:4] + b"\xff" * (len(whole[1]) - 12) + whole[1][-8:])
+    assert ImageNetDataModule(config(tmp_path)).train_images == TRAIN
+    assert hub.requests["read"] == 5 + 2
+    assert [file.read_bytes() for file in kept] == whole
+
+
 def test_a_stall_is_cut_and_read_again(tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "SILENCE_SECONDS", 0.2)
     split = open_split(IMAGENET, "validation")
@@ -172,7 +189,7 @@ def test_a_hub_that_stays_away_ends_the_run_with_one_sentence(tmp_path: Path, hu
     data.prepare()
     hub.faults.append(status(503))
     loader = data.train_dataloader()
-    with pytest.raises(DataError, match=r"tries in \d+ s failed, the last with 503; .*mirror.*\.$") as error:
+    with pytest.raises(SourceUnreachable, match=r"tries in \d+ s failed, the last with 503; .*mirror.*\.$") as error:
         next(iter(loader))
     assert "\n" not in str(error.value)
     for worker in getattr(loader._iterator, "_workers", []):
@@ -185,11 +202,11 @@ def test_a_gated_set_says_what_to_do_and_keeps_the_token(
     tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.token = "hf_secret"
-    with pytest.raises(DataError, match=r"gated.*accept its terms.*hf auth login") as error:
+    with pytest.raises(SourceUnreachable, match=r"gated.*accept its terms.*hf auth login") as error:
         open_split(IMAGENET, "train")
     assert "\n" not in str(error.value)
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    with pytest.raises(DataError, match=r"accept its terms.*same account") as error:
+    with pytest.raises(SourceUnreachable, match=r"accept its terms.*same account") as error:
         open_split(IMAGENET, "train")
     assert "hf_other" not in str(error.value)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -213,6 +230,7 @@ def test_what_is_not_on_the_hub_is_told_in_one_sentence(
 ) -> None:
     with pytest.raises(DataError, match=says) as error:
         open_split(source, split, revision=revision)
+    assert not isinstance(error.value, SourceUnreachable)
     assert "\n" not in str(error.value)
     assert str(error.value).endswith(".")
 
@@ -222,9 +240,30 @@ def test_no_network_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch, hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"cannot be reached.*\.$") as error:
+    with pytest.raises(SourceUnreachable, match=r"cannot be reached.*\.$") as error:
         open_split(IMAGENET, "train")
     assert "\n" not in str(error.value)
+
+
+def test_a_hub_that_does_not_answer_is_told_from_a_wrong_source(
+    monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub
+) -> None:
+    silence = fetch._transport_error()("silence")
+
+    def no_builder(*_: Any, **__: Any) -> None:
+        raise silence
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", no_builder)
+    with pytest.raises(SourceUnreachable, match=rf"^The hub does not answer for {IMAGENET} .*\.$"):
+        open_split(IMAGENET, "train")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(401, SourceUnreachable), (403, SourceUnreachable), (503, SourceUnreachable), (404, DataError), (400, DataError)],
+)
+def test_a_refusal_is_of_the_source_or_of_the_one_who_asks(status: int, kind: type[DataError]) -> None:
+    assert type(fetch.refusal(f"hf://datasets/{IMAGENET}@main/data/file", status)) is kind
 
 
 def move_the_branch(hub: LoopbackHub) -> None:

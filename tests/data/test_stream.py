@@ -161,6 +161,42 @@ def test_mistakes_are_one_sentence_each(tmp_path: Path) -> None:
     one_sentence(error)
 
 
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+@pytest.mark.parametrize("text", ["{}", "[]", "torn {", '{"splits": ["train"]}'])
+def test_a_folder_that_only_looks_like_a_saved_dataset_is_one_sentence(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=r"no whole dataset saved|There is no split 'train' in") as error:
+        open_split(str(tmp_path), "train")
+    assert str(tmp_path) in one_sentence(error)
+
+
+def test_a_saved_dataset_that_lost_a_file_is_one_sentence(tmp_path: Path) -> None:
+    table(3).save_to_disk(tmp_path / "saved")
+    for name, text in (("state.json", "[]"), ("state.json", "{}"), ("dataset_info.json", None)):
+        kept = (tmp_path / "saved" / name).read_text()
+        (tmp_path / "saved" / name).write_text(text) if text else (tmp_path / "saved" / name).unlink()
+        with pytest.raises(DataError, match="no whole dataset saved") as error:
+            open_split(str(tmp_path / "saved"), "train")
+        one_sentence(error)
+        (tmp_path / "saved" / name).write_text(kept)
+    assert open_split(str(tmp_path / "saved"), "train").images == 3
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "says"),
+    [(-350, -200, "The footer of the Parquet file .* is damaged"), (-5, -4, "is not a whole Parquet file")],
+)
+def test_a_damaged_footer_is_one_sentence_that_names_the_file(tmp_path: Path, start: int, stop: int, says: str) -> None:
+    write_parquet(tmp_path / "set", "train.parquet", range(20))
+    file = tmp_path / "set" / "train.parquet"
+    data = bytearray(file.read_bytes())
+    data[start:stop] = b"\xff" * (stop - start)
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=says) as error:
+        open_split(str(tmp_path / "set"), "train")
+    assert str(file) in one_sentence(error)
+
+
 def test_a_file_that_changes_under_a_reader_is_one_sentence(tmp_path: Path) -> None:
     write_parquet(tmp_path / "set", "train.parquet", range(20))
     split = open_split(str(tmp_path / "set"), "train")

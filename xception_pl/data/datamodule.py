@@ -1,6 +1,7 @@
 """`ImageNetDataModule`: any image classification source of `datasets`, planned exactly, streamed, cropped, batched."""
 
 import functools
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -54,7 +55,8 @@ class ImageNetDataModule(pl.LightningDataModule):
 
     Raises:
         DataError: (in `prepare`, `setup` or a loader) the source cannot be used; one sentence.
-        ValueError: global batch, devices and accumulation do not divide.
+        ValueError: global batch, devices and accumulation do not divide; or, at once, images of so many channels cannot
+            be read, or not be augmented as `config` says.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class ImageNetDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.config = config or DataConfig()
+        _check_channels(in_chans, self.config)
         self.seed, self.in_chans, self.num_classes = seed, in_chans, num_classes
         self.multi_label, self.accumulate = multi_label, accumulate
         self._given = {"train": train, "val": val}
@@ -95,6 +98,7 @@ class ImageNetDataModule(pl.LightningDataModule):
         for name, wanted in (("train", train), ("val", val)):
             if wanted and name not in self._splits:
                 self._splits[name] = self._open(name)
+        self._check_names()
 
     def setup(self, stage: str | None = None) -> None:
         """Rank 0 resolves the source and hands it to the others: all go on, or all stop with the same sentence."""
@@ -428,6 +432,34 @@ class ImageNetDataModule(pl.LightningDataModule):
                 "set the number of classes to the source's."
             )
 
+    def _check_names(self) -> None:
+        """The number of a label must mean the same class in both splits."""
+        if len(self._splits) < 2:
+            return
+        train, val = self._splits["train"], self._splits["val"]
+        if train.labels.names is None or val.labels.names is None:
+            return
+        for i, (one, other) in enumerate(itertools.zip_longest(train.labels.names, val.labels.names)):
+            if one != other:
+                raise DataError(
+                    f"Class {i} is {_quoted(one)} in {train.where} and {_quoted(other)} in {val.where}: "
+                    "give both splits the same classes in the same order."
+                )
+
     def _format(self) -> Format:
         classes = self.num_classes if self.num_classes is not None else len(self.class_names)
         return Format(channels=self.in_chans, classes=classes, multi_label=self.multi_label)
+
+
+def _quoted(name: str | None) -> str:
+    return "missing" if name is None else repr(name)
+
+
+def _check_channels(channels: int, config: DataConfig) -> None:
+    if channels not in (1, 3):
+        raise ValueError(f"model.in_chans is {channels}, but images have 1 or 3 channels: set it to 1 or 3.")
+    if channels == 1 and (config.color != "none" or config.randaugment):
+        raise ValueError(
+            f"model.in_chans is 1, but data.color {config.color} with data.randaugment {config.randaugment} needs "
+            "3 channels: set data.color to none and data.randaugment to 0, or model.in_chans to 3."
+        )

@@ -6,4 +6,4 @@ class DataError(ValueError):
 
 
 class SourceUnreachable(DataError):
-    """The source could not be asked (no network, no access): it may be right all the same."""
+    """The source may be as the recipe says, but cannot be asked from here: no network, no access, or no answer."""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from xception_pl.data.cache import GroupCache, cache_folder
+from xception_pl.data.cache import GroupCache, cache_folder, make_folder
 from xception_pl.data.errors import DataError
 from xception_pl.data.fetch import RETRY_SECONDS, file_size, read_range
 from xception_pl.data.source import ParquetSplit, Split, TableSplit
@@ -153,10 +153,10 @@ def kept_footer(path: str, keep: Path | None) -> pq.FileMetaData:
     if keep is None or not path.startswith("hf://"):
         return read_footer(path)
     kept = keep / f"{hashlib.sha256(path.encode()).hexdigest()[:32]}.footer"
-    with contextlib.suppress(FileNotFoundError, pa.ArrowInvalid):
+    with contextlib.suppress(OSError, pa.ArrowException):  # not there, or torn: read and kept again
         return pq.read_metadata(kept)
     footer = read_footer(path)
-    keep.mkdir(parents=True, exist_ok=True)
+    make_folder(keep)
     aside = kept.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
     footer.write_metadata_file(str(aside))
     aside.rename(kept)
@@ -167,16 +167,19 @@ def read_footer(path: str) -> pq.FileMetaData:
     """Metadata of one Parquet file, in one request unless the footer is large.
 
     Raises:
-        DataError: when the file is not Parquet.
+        DataError: when the file is not Parquet, or is damaged.
     """
     size = file_size(path)
     tail = read_range(path, max(0, size - _FOOTER_GUESS), size)
-    if tail[-4:] != b"PAR1":
-        raise DataError(f"{path} is not a whole Parquet file: copy it again.")
     length = int.from_bytes(tail[-8:-4], "little") + 8
+    if tail[-4:] != b"PAR1" or length > size:
+        raise DataError(f"{path} is not a whole Parquet file: copy it again.")
     if length > len(tail):
         tail = read_range(path, size - length, size)
-    return pq.read_metadata(pa.BufferReader(b"PAR1" + tail[-length:]))
+    try:
+        return pq.read_metadata(pa.BufferReader(b"PAR1" + tail[-length:]))
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"The footer of the Parquet file {path} is damaged: copy it again.") from error
 
 
 def _leaf(footer: pq.FileMetaData, column: str) -> str:
