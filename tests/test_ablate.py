@@ -446,6 +446,13 @@ def test_of_runs_of_the_same_recipe_the_newest_counts_and_where_they_lie_does_no
     assert find_state(there.cells[0]).finished
 
 
+def test_how_images_were_loaded_does_not_make_another_recipe() -> None:
+    loading = {"data.workers": "2", "data.prefetch": "3", "data.cache_gb": "1", "data.retry_seconds": "9"}
+    write_run(load_ablation("tiny.yaml", loading).cells[0], val_top1=0.5)
+    assert find_state(load_ablation("tiny.yaml").cells[0]).finished
+    assert not find_state(load_ablation("tiny.yaml", {"data.shuffle_window": "9"}).cells[0]).finished
+
+
 def test_nothing_finished_is_nothing_to_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tiny.yaml", "--collect"]) == 1
     assert capsys.readouterr().err == "error: no run is finished yet; there is nothing to report.\n"

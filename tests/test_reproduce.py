@@ -165,7 +165,7 @@ def test_only_runs_of_the_shipped_recipe_count(tmp_path: Path) -> None:
         {"val_top1": 0.795, "val_top5": 0.946, "images_per_second": 5120.0},
     ]
     write_run(tmp_path / "a", XCEPTION, results[0])
-    write_run(tmp_path / "b", "recipes/imagenet.yaml", results[1], seed="1", data__workers="3", run__name="mine")
+    write_run(tmp_path / "b", "recipes/imagenet.yaml", results[1], seed="1", data__prefetch="3", run__name="mine")
     write_run(tmp_path / "deep/c", XCEPTION, results[2], seed="2", run__folder=str(tmp_path))
     write_run(tmp_path / "d", XCEPTION, results[0], seed="3", optim__lr="0.05", trainer__max_epochs="90")
     write_run(tmp_path / "e", XCEPTION, None, seed="4")

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+from xception_pl.run.decides import IDLE
+
 _NOT_RUN = "not yet run"
 
 
@@ -13,8 +15,9 @@ def to_markdown(ledger: dict[str, Any]) -> str:
         "Every claim of *Xception: Deep Learning with Depthwise Separable Convolutions* (Chollet, CVPR 2017, "
         "arXiv:1610.02357v3), the recipe that runs it, the paper's number and ours. Generated: "
         "`python -m xception_pl.reproduce RUN_FOLDER … --markdown FILE` writes this page again, with the numbers of the "
-        "runs in those folders. A run counts where its resolved recipe equals the shipped one but for the seed, `run.*` "
-        "and the count of loader workers; numbers are mean ± standard deviation over seeds.",
+        "runs in those folders. A run counts where its resolved recipe equals the shipped one but for the seed and the "
+        f"keys that decide no number ({', '.join(_code(key + '*' if key.endswith('.') else key) for key in IDLE)}); "
+        "numbers are mean ± standard deviation over seeds.",
         "## Results",
         _table(
             ("claim", "source", "paper", "ours", "recipe", "note"),

@@ -11,9 +11,7 @@ from typing import Any
 import yaml
 
 from xception_pl.recipe import Recipe, RecipeError, flat, load_recipe, recipe_from_plain, to_plain
-
-_IRRELEVANT = ("seed", "run.", "data.workers")
-"""Keys in which a run of a recipe may differ from it."""
+from xception_pl.run.decides import what_decides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +79,9 @@ def shipped_recipe(path: str) -> Recipe:
 
 
 def differing(ours: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
-    """Keys in which a run differs from a recipe, other than seed, run.* and the count of workers."""
-    return [key for key, value in shipped.items() if not key.startswith(_IRRELEVANT) and ours.get(key) != value]
+    """Keys in which a run differs from a recipe, of those that decide its numbers; runs of a recipe may differ in seed."""
+    decisive = what_decides(shipped)
+    return [key for key, value in decisive.items() if key != "seed" and ours.get(key) != value]
 
 
 def sort_runs(folders: list[str], recipes: dict[str, dict[str, Any]]) -> tuple[dict[str, list[Run]], list[Refused]]:
