@@ -475,6 +475,11 @@ def test_a_run_that_diverged_shows_in_the_table() -> None:
     assert main(["tiny.yaml", "--collect"]) == 0
     assert "| deep | 2 | 50.0 ± 0.0 |  | nan ± nan |" in Path("runs/ablations/tiny/report.md").read_text()
 
+    text = Path("runs/ablations/tiny/report.json").read_text()
+    deep = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))["variants"][0]
+    assert deep["losses"] == {"3": 1.0, "5": None}
+    assert deep["loss"] == {"mean": None, "deviation": None, "n": 2}
+
 
 def test_differences_are_paired_by_seed() -> None:
     """Seeds far apart, variants close: the difference's spread is that of the pairs, ten times below the scores'."""

@@ -213,6 +213,21 @@ def test_map_is_shown_in_the_papers_percent(tmp_path: Path) -> None:
 # The command
 
 
+@pytest.mark.usefixtures("no_networks")
+@pytest.mark.parametrize("number", ["NaN", "null"])
+def test_runs_that_diverged_are_written_as_json(number: str, tmp_path: Path) -> None:
+    results = f'{{"val_top1": 0.001, "val_loss": {number}}}'
+    (write_run(tmp_path / "runs/a", XCEPTION, {}) / "results.json").write_text(results)
+    (write_run(tmp_path / "runs/b", XCEPTION, {}, optim__lr="4") / "results.json").write_text(results)
+    written = {kind: tmp_path / f"a.{kind}" for kind in ("json", "md")}
+    arguments = [f"--json={written['json']}", f"--markdown={written['md']}"]
+    assert main([str(tmp_path / "runs"), *arguments]) == 0
+    stored = json.loads(written["json"].read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert stored["refused"][0]["results"] == {"val_top1": 0.001, "val_loss": None}
+    assert "optim.lr | val_top1 0.001, val_loss not finite |" in written["md"].read_text()
+    assert to_markdown(stored) == written["md"].read_text()
+
+
 def test_the_command_writes_both_forms(
     tmp_path: Path, ledger: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,6 @@
 """The runs of an ablation: what is finished, and running what is not. Imports no torch."""
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import yaml
 from xception_pl.ablation.file import Cell
 from xception_pl.recipe import RecipeError, flat, recipe_from_plain, to_plain
 from xception_pl.run.decides import what_decides
+from xception_pl.run.numbers import read_results
 
 
 @dataclass(kw_only=True)
@@ -36,8 +36,7 @@ class State:
     def results(self) -> dict[str, float]:
         """The final numbers of a finished run."""
         assert self.folder is not None
-        numbers: dict[str, float] = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
-        return numbers
+        return read_results(self.folder)
 
 
 def find_state(cell: Cell) -> State:

@@ -11,12 +11,13 @@ from xception_pl.recipe import Recipe, flat, to_plain
 from xception_pl.reproduce.claims import COUNTS, FIGURES, RESULTS, SETTINGS, WITHOUT_AUXILIARY_TOWER, Setting
 from xception_pl.reproduce.flags import base_of, read_flags
 from xception_pl.reproduce.runs import shipped_recipe, sort_runs, summary
+from xception_pl.run.numbers import without_nan
 
 Ledger = dict[str, Any]
 
 
 def make_ledger(folders: list[str]) -> Ledger:
-    """Everything that the command prints, in YAML's own types.
+    """Everything that the command prints, in JSON's own types; None for a number that is not finite.
 
     Raises:
         ValueError: a folder holds no run.
@@ -45,7 +46,7 @@ def make_ledger(folders: list[str]) -> Ledger:
         ],
         "deviations": {path: _deviations(path, values) for path, values in settings.items()},
         "runs": {path: [{"folder": run.folder, "seed": run.seed} for run in runs] for path, runs in counted.items()},
-        "refused": [asdict(run) for run in refused],
+        "refused": [asdict(run) | {"results": without_nan(run.results)} for run in refused],
     }
 
 

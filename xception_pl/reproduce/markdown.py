@@ -144,11 +144,15 @@ def _runs(ledger: dict[str, Any]) -> Iterable[str]:
                 (
                     _code(run["folder"]),
                     run["reason"],
-                    ", ".join(f"{k} {v:.4g}" for k, v in run["results"].items() if k.startswith("val_")),
+                    ", ".join(_result(k, v) for k, v in run["results"].items() if k.startswith("val_")),
                 )
                 for run in ledger["refused"]
             ],
         )
+
+
+def _result(name: str, value: float | None) -> str:
+    return f"{name} not finite" if value is None else f"{name} {value:.4g}"
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

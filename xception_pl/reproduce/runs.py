@@ -12,6 +12,7 @@ import yaml
 
 from xception_pl.recipe import Recipe, RecipeError, flat, load_recipe, recipe_from_plain, to_plain
 from xception_pl.run.decides import what_decides
+from xception_pl.run.numbers import read_results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ def read_run(folder: Path) -> Run | Refused:
             folder=str(folder), reason=f"its recipe cannot be read: {' '.join(str(error).split())}", results={}
         )
     try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        results = read_results(folder)
     except FileNotFoundError:
         return Refused(folder=str(folder), reason="not finished", results={})
     except json.JSONDecodeError as error:
