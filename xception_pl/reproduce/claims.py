@@ -66,7 +66,7 @@ class Figure:
 
 _QUOTED = "quoted by the paper from the network's authors"
 _PRIVATE = "JFT and FastEval14k are private: another set gives another number"
-_K80 = "60 K80 GPUs, one batch a step; ours counts optimiser steps of the recipe's global batch on its own hardware"
+_K80 = "60 K80 GPUs, one batch a step; ours counts optimiser steps of the recipe's global batch on its own hardware, the median over a run"
 
 
 def _table1(network: str, recipe: str, top1: float, top5: float, note: str = "") -> tuple[Result, Result]:

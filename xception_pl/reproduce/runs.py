@@ -5,11 +5,12 @@ import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import yaml
 
+from xception_pl.ablation.statistics import step_seconds
 from xception_pl.recipe import Recipe, RecipeError, flat, load_recipe, recipe_from_plain, to_plain
 from xception_pl.run.decides import what_decides
 from xception_pl.run.numbers import read_results
@@ -23,6 +24,7 @@ class Run:
     settings: dict[str, Any]
     """Dotted keys of its resolved recipe."""
     results: dict[str, float]
+    """Of `results.json`, and `steps_per_second`: the median over the logged windows, where there are several."""
 
     @property
     def seed(self) -> int:
@@ -68,8 +70,9 @@ def read_run(folder: Path) -> Run | Refused:
         return Refused(folder=str(folder), reason="not finished", results={})
     except json.JSONDecodeError as error:
         return Refused(folder=str(folder), reason=f"its results cannot be read: {error}", results={})
-    if "images_per_second" in results:
-        results["steps_per_second"] = results["images_per_second"] / settings["data.global_batch"]
+    if (folder / "metrics.csv").is_file():  # results hold the speed of the last window alone
+        seconds = step_seconds(folder, settings["data.global_batch"])
+        results |= {"steps_per_second": 1 / median(seconds)} if seconds else {}
     return Run(folder=str(folder), settings=settings, results=results)
 
 
