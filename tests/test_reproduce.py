@@ -50,7 +50,8 @@ def test_the_committed_ledger_is_what_the_command_prints_now(ledger: dict[str, A
 
 def test_a_ledger_without_runs_has_no_result_of_ours(ledger: dict[str, Any]) -> None:
     assert [row["ours"] for row in ledger["results"]] == [None] * len(RESULTS)
-    assert to_markdown(ledger).count("not yet run") == len(RESULTS)
+    assert [row["ours"] for row in ledger["figures"][:3]] == [None] * 3
+    assert to_markdown(ledger).count("not yet run") == len(RESULTS) + 3
 
 
 def test_the_claims_are_the_papers() -> None:
@@ -214,6 +215,45 @@ def test_only_runs_of_the_shipped_recipe_count(tmp_path: Path) -> None:
     assert "| Xception, top-1 | Table 1 | 0.790 | 0.7910 ± 0.0036 (n = 3) |" in text
     assert "| Inception V3, top-1 | Table 1 | 0.782 | 0.7800 (n = 1) |" in text
     assert "optim.lr, trainer.max_epochs | val_top1 0.788, val_top5 0.944 |" in text
+
+
+@pytest.mark.usefixtures("no_networks")
+def test_a_figure_of_curves_shows_the_counted_runs_alone(tmp_path: Path) -> None:
+    for name, seed in (("a", "0"), ("b", "1")):
+        write_run(tmp_path / name, XCEPTION, {"val_top1": 0.79}, seed=seed)
+    write_run(tmp_path / "other", INCEPTION, {"val_top1": 0.78}, optim__lr="0.05")
+    made = make_ledger([str(tmp_path)])
+    assert [row["ours"] for row in made["figures"][:3]] == [
+        {"runs": {XCEPTION: [f"{tmp_path}/a", f"{tmp_path}/b"], INCEPTION: []}},
+        None,
+        None,
+    ]
+    shown = f"`{XCEPTION}`: 2 runs, `{tmp_path}/a/curves.png`, `{tmp_path}/b/curves.png`; `{INCEPTION}`: not yet run"
+    assert f"| Xception against Inception V3 | {shown} |" in to_markdown(made)
+
+
+@pytest.mark.usefixtures("no_networks")
+def test_a_figure_of_an_ablation_shows_what_its_report_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    differences = [None, {"mean": -0.0512, "deviation": 0.0123, "n": 3}, {"mean": None, "deviation": None, "n": 1}]
+    rows = [{"variant": name, "difference": found} for name, found in zip("abc", differences, strict=True)]
+    report = {"metric": "val_top1", "compared_with": "a", "variants": rows}
+    (tmp_path / "residual.json").write_text(json.dumps(report))
+    monkeypatch.setattr(module, "ABLATIONS", tmp_path)
+    made = make_ledger([])
+    assert made["figures"][3]["ours"]["differences"] == {"b": differences[1], "c": differences[2]}
+    text = to_markdown(made)
+    assert "against a: b -5.1 ± 1.2 (n = 3); c not finite (n = 1); docs/ablations/residual.md |" in text
+    assert "| none is faster and ends better than ReLU or ELU | not yet run |" in text
+
+
+def test_the_shipped_ablations_stand_in_the_ledger(ledger: dict[str, Any]) -> None:
+    for row in ledger["figures"][3:]:
+        report = Path(row["ours"]["report"])
+        (line,) = [line for line in to_markdown(ledger).splitlines() if str(report) in line]
+        for difference in re.findall(r"[+-]\d+\.\d ± \d+\.\d", report.read_text()):
+            assert difference in line
 
 
 def test_map_is_shown_in_the_papers_percent(tmp_path: Path) -> None:

@@ -60,8 +60,7 @@ class Figure:
     source: str
     paper: str
     recipes: tuple[str, ...]
-    ours: str
-    """Where our answer stands once there is one."""
+    """Those whose runs are compared, or an ablation's one file, whose stored report holds the comparison."""
 
 
 _QUOTED = "quoted by the paper from the network's authors"
@@ -176,34 +175,29 @@ FIGURES = (
         source="Figure 6",
         paper="Xception against Inception V3",
         recipes=_IMAGENET,
-        ours="curves.png of each run",
     ),
     Figure(
         what="training profiles on JFT, no fully-connected layers",
         source="Figure 7",
         paper="Xception against Inception V3",
         recipes=(JFT_XCEPTION, JFT_INCEPTION),
-        ours="curves.png of each run",
     ),
     Figure(
         what="training profiles on JFT, with fully-connected layers",
         source="Figure 8",
         paper="Xception against Inception V3",
         recipes=(JFT_XCEPTION_FC, JFT_INCEPTION_FC),
-        ours="curves.png of each run",
     ),
     Figure(
         what="residual connections",
         source="Figure 9, section 4.6",
         paper="without them training is slower and ends worse",
         recipes=("recipes/ablations/residual.yaml",),
-        ours="docs/ablations/residual.md, in small",
     ),
     Figure(
         what="activation between depthwise and pointwise convolution",
         source="Figure 10, section 4.7",
         paper="none is faster and ends better than ReLU or ELU",
         recipes=("recipes/ablations/intermediate_activation.yaml",),
-        ours="docs/ablations/intermediate_activation.md, in small",
     ),
 )

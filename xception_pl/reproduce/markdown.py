@@ -37,7 +37,7 @@ def to_markdown(ledger: dict[str, Any]) -> str:
         _table(
             ("claim", "source", "paper", "ours", "recipe"),
             [
-                (row["what"], row["source"], row["paper"], row["ours"], ", ".join(map(_code, row["recipes"])))
+                (row["what"], row["source"], row["paper"], _figure(row["ours"]), ", ".join(map(_code, row["recipes"])))
                 for row in ledger["figures"]
             ],
         ),
@@ -81,6 +81,31 @@ def _ours(row: dict[str, Any]) -> str:
     digits = row["digits"] + 1
     spread = "" if ours["sd"] is None else f" ± {ours['sd']:.{digits}f}"
     return f"{ours['mean']:.{digits}f}{spread} (n = {ours['n']})"
+
+
+def _figure(ours: dict[str, Any] | None) -> str:
+    if ours is None:
+        return _NOT_RUN
+    if "runs" in ours:
+        return "; ".join(
+            f"{_code(path)}: {len(folders)} {'run' if len(folders) == 1 else 'runs'}, "
+            + ", ".join(_code(f"{folder}/curves.png") for folder in folders)
+            if folders
+            else f"{_code(path)}: {_NOT_RUN}"
+            for path, folders in ours["runs"].items()
+        )
+    metric = ours["metric"].removeprefix("val_")
+    differences = "; ".join(f"{name} {_difference(found)}" for name, found in ours["differences"].items())
+    return f"in small, {metric} in points against {ours['compared_with']}: {differences}; {ours['report']}"
+
+
+def _difference(found: dict[str, Any]) -> str:
+    """Mean ± standard deviation of the differences, in points."""
+    count = f"(n = {found['n']})"
+    if found["mean"] is None:
+        return f"not finite {count}"
+    spread = "" if found["deviation"] is None else f" ± {100 * found['deviation']:.1f}"
+    return f"{100 * found['mean']:+.1f}{spread} {count}"
 
 
 def _setting(row: dict[str, Any]) -> tuple[str, ...]:
