@@ -446,6 +446,13 @@ def test_of_runs_of_the_same_recipe_the_newest_counts_and_where_they_lie_does_no
     assert find_state(there.cells[0]).finished
 
 
+def test_how_images_were_loaded_does_not_make_another_recipe() -> None:
+    loading = {"data.workers": "2", "data.prefetch": "3", "data.cache_gb": "1", "data.retry_seconds": "9"}
+    write_run(load_ablation("tiny.yaml", loading).cells[0], val_top1=0.5)
+    assert find_state(load_ablation("tiny.yaml").cells[0]).finished
+    assert not find_state(load_ablation("tiny.yaml", {"data.shuffle_window": "9"}).cells[0]).finished
+
+
 def test_nothing_finished_is_nothing_to_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tiny.yaml", "--collect"]) == 1
     assert capsys.readouterr().err == "error: no run is finished yet; there is nothing to report.\n"
@@ -467,6 +474,11 @@ def test_a_run_that_diverged_shows_in_the_table() -> None:
         write_run(cell, val_top1=0.5, val_loss=loss)
     assert main(["tiny.yaml", "--collect"]) == 0
     assert "| deep | 2 | 50.0 ± 0.0 |  | nan ± nan |" in Path("runs/ablations/tiny/report.md").read_text()
+
+    text = Path("runs/ablations/tiny/report.json").read_text()
+    deep = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))["variants"][0]
+    assert deep["losses"] == {"3": 1.0, "5": None}
+    assert deep["loss"] == {"mean": None, "deviation": None, "n": 2}
 
 
 def test_differences_are_paired_by_seed() -> None:

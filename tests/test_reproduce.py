@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,18 @@ def ledger() -> dict[str, Any]:
     return make_ledger([])
 
 
-def write_run(folder: Path, recipe: str, results: dict[str, float] | None, **overrides: str) -> Path:
+def write_run(
+    folder: Path, recipe: str, results: dict[str, float] | None, speeds: Sequence[float] = (), **overrides: str
+) -> Path:
+    """A run's folder; `speeds` are its logged images a second."""
     folder.mkdir(parents=True)
     dotted = {key.replace("__", "."): value for key, value in overrides.items()}
     (folder / "recipe.yaml").write_text(load_recipe(recipe, dotted).to_yaml())
     if results is not None:
         (folder / "results.json").write_text(json.dumps(results))
+    if speeds:
+        rows = [f"{step},{speed}\n" for step, speed in enumerate(speeds, start=1)]
+        (folder / "metrics.csv").write_text("".join(["step,images_per_second\n", *rows]))
     return folder
 
 
@@ -43,7 +50,8 @@ def test_the_committed_ledger_is_what_the_command_prints_now(ledger: dict[str, A
 
 def test_a_ledger_without_runs_has_no_result_of_ours(ledger: dict[str, Any]) -> None:
     assert [row["ours"] for row in ledger["results"]] == [None] * len(RESULTS)
-    assert to_markdown(ledger).count("not yet run") == len(RESULTS)
+    assert [row["ours"] for row in ledger["figures"][:3]] == [None] * 3
+    assert to_markdown(ledger).count("not yet run") == len(RESULTS) + 3
 
 
 def test_the_claims_are_the_papers() -> None:
@@ -160,13 +168,22 @@ def test_every_flag_of_a_claimed_recipe_stands_in_the_ledger(ledger: dict[str, A
 @pytest.mark.usefixtures("no_networks")
 def test_only_runs_of_the_shipped_recipe_count(tmp_path: Path) -> None:
     results = [
-        {"val_top1": 0.788, "val_top5": 0.944, "images_per_second": 5120.0},
-        {"val_top1": 0.790, "val_top5": 0.945, "images_per_second": 2560.0},
-        {"val_top1": 0.795, "val_top5": 0.946, "images_per_second": 5120.0},
+        {"val_top1": 0.788, "val_top5": 0.944, "images_per_second": 256.0},
+        {"val_top1": 0.790, "val_top5": 0.945, "images_per_second": 256.0},
+        {"val_top1": 0.795, "val_top5": 0.946, "images_per_second": 256.0},
     ]
-    write_run(tmp_path / "a", XCEPTION, results[0])
-    write_run(tmp_path / "b", "recipes/imagenet.yaml", results[1], seed="1", data__workers="3", run__name="mine")
-    write_run(tmp_path / "deep/c", XCEPTION, results[2], seed="2", run__folder=str(tmp_path))
+    warming, last = 25.6, 256.0
+    write_run(tmp_path / "a", XCEPTION, results[0], [warming, 5120, 5120, 5120, last])
+    write_run(
+        tmp_path / "b",
+        "recipes/imagenet.yaml",
+        results[1],
+        [warming, 2560, 2560, last],
+        seed="1",
+        data__prefetch="3",
+        run__name="mine",
+    )
+    write_run(tmp_path / "deep/c", XCEPTION, results[2], [warming], seed="2", run__folder=str(tmp_path))
     write_run(tmp_path / "d", XCEPTION, results[0], seed="3", optim__lr="0.05", trainer__max_epochs="90")
     write_run(tmp_path / "e", XCEPTION, None, seed="4")
     write_run(tmp_path / "f", XCEPTION, results[0], seed="2")
@@ -180,7 +197,8 @@ def test_only_runs_of_the_shipped_recipe_count(tmp_path: Path) -> None:
     assert (top1["n"], top1["seeds"]) == (3, [0, 1, 2])
     assert top1["mean"] == pytest.approx(0.791, rel=1e-12)
     assert top1["sd"] == pytest.approx(0.0036055512754639912, rel=1e-12)  # sqrt((9 + 1 + 16) / 2) thousandths
-    assert ours["Xception, steps a second"]["mean"] == pytest.approx((20 + 10 + 20) / 3)
+    speed = ours["Xception, steps a second"]
+    assert (speed["mean"], speed["seeds"]) == (pytest.approx((20 + 10) / 2), [0, 1])
     assert ours["Inception V3, top-1"] == {"mean": 0.78, "sd": None, "n": 1, "seeds": [0]}
     assert ours["Inception V3, top-5"] is None
     assert ours["VGG-16, top-1"] is None
@@ -199,6 +217,45 @@ def test_only_runs_of_the_shipped_recipe_count(tmp_path: Path) -> None:
     assert "optim.lr, trainer.max_epochs | val_top1 0.788, val_top5 0.944 |" in text
 
 
+@pytest.mark.usefixtures("no_networks")
+def test_a_figure_of_curves_shows_the_counted_runs_alone(tmp_path: Path) -> None:
+    for name, seed in (("a", "0"), ("b", "1")):
+        write_run(tmp_path / name, XCEPTION, {"val_top1": 0.79}, seed=seed)
+    write_run(tmp_path / "other", INCEPTION, {"val_top1": 0.78}, optim__lr="0.05")
+    made = make_ledger([str(tmp_path)])
+    assert [row["ours"] for row in made["figures"][:3]] == [
+        {"runs": {XCEPTION: [f"{tmp_path}/a", f"{tmp_path}/b"], INCEPTION: []}},
+        None,
+        None,
+    ]
+    shown = f"`{XCEPTION}`: 2 runs, `{tmp_path}/a/curves.png`, `{tmp_path}/b/curves.png`; `{INCEPTION}`: not yet run"
+    assert f"| Xception against Inception V3 | {shown} |" in to_markdown(made)
+
+
+@pytest.mark.usefixtures("no_networks")
+def test_a_figure_of_an_ablation_shows_what_its_report_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    differences = [None, {"mean": -0.0512, "deviation": 0.0123, "n": 3}, {"mean": None, "deviation": None, "n": 1}]
+    rows = [{"variant": name, "difference": found} for name, found in zip("abc", differences, strict=True)]
+    report = {"metric": "val_top1", "compared_with": "a", "variants": rows}
+    (tmp_path / "residual.json").write_text(json.dumps(report))
+    monkeypatch.setattr(module, "ABLATIONS", tmp_path)
+    made = make_ledger([])
+    assert made["figures"][3]["ours"]["differences"] == {"b": differences[1], "c": differences[2]}
+    text = to_markdown(made)
+    assert "against a: b -5.1 ± 1.2 (n = 3); c not finite (n = 1); docs/ablations/residual.md |" in text
+    assert "| none is faster and ends better than ReLU or ELU | not yet run |" in text
+
+
+def test_the_shipped_ablations_stand_in_the_ledger(ledger: dict[str, Any]) -> None:
+    for row in ledger["figures"][3:]:
+        report = Path(row["ours"]["report"])
+        (line,) = [line for line in to_markdown(ledger).splitlines() if str(report) in line]
+        for difference in re.findall(r"[+-]\d+\.\d ± \d+\.\d", report.read_text()):
+            assert difference in line
+
+
 def test_map_is_shown_in_the_papers_percent(tmp_path: Path) -> None:
     write_run(tmp_path / "a", JFT_XCEPTION, {"val_map100": 0.0671})
     recipes = {JFT_XCEPTION: flat(to_plain(load_recipe(JFT_XCEPTION)))}
@@ -211,6 +268,21 @@ def test_map_is_shown_in_the_papers_percent(tmp_path: Path) -> None:
 
 
 # The command
+
+
+@pytest.mark.usefixtures("no_networks")
+@pytest.mark.parametrize("number", ["NaN", "null"])
+def test_runs_that_diverged_are_written_as_json(number: str, tmp_path: Path) -> None:
+    results = f'{{"val_top1": 0.001, "val_loss": {number}}}'
+    (write_run(tmp_path / "runs/a", XCEPTION, {}) / "results.json").write_text(results)
+    (write_run(tmp_path / "runs/b", XCEPTION, {}, optim__lr="4") / "results.json").write_text(results)
+    written = {kind: tmp_path / f"a.{kind}" for kind in ("json", "md")}
+    arguments = [f"--json={written['json']}", f"--markdown={written['md']}"]
+    assert main([str(tmp_path / "runs"), *arguments]) == 0
+    stored = json.loads(written["json"].read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert stored["refused"][0]["results"] == {"val_top1": 0.001, "val_loss": None}
+    assert "optim.lr | val_top1 0.001, val_loss not finite |" in written["md"].read_text()
+    assert to_markdown(stored) == written["md"].read_text()
 
 
 def test_the_command_writes_both_forms(

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import lcm
+from math import isfinite, lcm
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from xception_pl.nets.xception import Xception
 
 MATCHED_WITHIN = 0.01
+PICTURES = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +303,10 @@ def parse(arguments: Sequence[str] | None) -> tuple[Settings, argparse.Namespace
     for name, least in (("image_size", 71), ("batch", 2), ("steps", 0), ("num_classes", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} is too small: use {least} or more")
+    if not isfinite(options.width):
+        parser.error(f"--width {options.width} is no size: use a number above 0")
+    if options.plot is not None and options.plot.suffix.lower() not in PICTURES:
+        parser.error(f"--plot {options.plot} is no kind of picture: end its name in {', '.join(PICTURES)}")
     if options.plot is not None and not (options.plot.parent.is_dir() and os.access(options.plot.parent, os.W_OK)):
         parser.error(f"--plot {options.plot} cannot be written: {options.plot.parent} is not a folder to write in")
 

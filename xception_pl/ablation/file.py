@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xception_pl.recipe import Recipe, RecipeError, find_recipe, flat, load_recipe, nearest, read_mapping, to_plain
+from xception_pl.run.decides import what_decides
 
 _KEYS = {
     "title": "a line of text",
@@ -148,16 +149,6 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
 
 
-def what_decides(recipe: Recipe) -> dict[str, Any]:
-    """The keys of a recipe that decide its numbers: all but where it is written and what is shown."""
-    keys = flat(to_plain(recipe))
-    return {
-        name: value
-        for name, value in keys.items()
-        if not name.startswith("run.") and name != "trainer.enable_progress_bar"
-    }
-
-
 def _misshapen(path: Path, content: dict[Any, Any]) -> list[str]:
     """What is wrong with the file's own keys, a sentence each."""
     problems = [
@@ -229,7 +220,7 @@ def _incomparable(ablation: Ablation) -> list[str]:
     problems = []
     first, *others = ablation.cells[: len(ablation.variants)]
     for cell in (first, *others):
-        keys = what_decides(cell.recipe)
+        keys = what_decides(flat(to_plain(cell.recipe)))
         twin = next((name for name, known in seen if known == keys), None)
         if twin is not None:
             problems.append(f"{ablation.path}: variants {twin} and {cell.variant} are the same recipe; change one.")

@@ -10,6 +10,7 @@ from xception_pl.ablation.figure import METRIC_NAMES, draw_ablation
 from xception_pl.ablation.file import Ablation, as_text
 from xception_pl.ablation.runs import State
 from xception_pl.ablation.statistics import Row, Spread, rows
+from xception_pl.run.numbers import without_nan
 
 _BEGIN = "<!-- measured: python -m xception_pl.ablate writes from here -->"
 _END = "<!-- measured: to here -->"
@@ -24,7 +25,8 @@ def write_report(ablation: Ablation, states: Sequence[State], path: Path, *, com
     picture = path.with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_ablation(ablation, states, found, picture)
-    path.with_suffix(".json").write_text(json.dumps(_numbers(ablation, found), indent=2) + "\n", encoding="utf-8")
+    numbers = json.dumps(without_nan(_numbers(ablation, found)), indent=2, allow_nan=False)
+    path.with_suffix(".json").write_text(numbers + "\n", encoding="utf-8")
     cells = _cells(ablation, found)
     reading = _reading(ablation, found)
     names = _missing(ablation, states)
@@ -143,7 +145,7 @@ def _environment(stored: dict[str, Any]) -> str:
 
 
 def _numbers(ablation: Ablation, found: Sequence[Row]) -> dict[str, Any]:
-    """The table with each seed's numbers, as fractions."""
+    """The table with each seed's numbers, as fractions; NaN where a run diverged."""
     return {
         "title": ablation.title,
         "metric": ablation.metric,

@@ -1,7 +1,6 @@
 """The runs of an ablation: what is finished, and running what is not. Imports no torch."""
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -14,8 +13,10 @@ from typing import Any
 
 import yaml
 
-from xception_pl.ablation.file import Cell, what_decides
-from xception_pl.recipe import RecipeError, recipe_from_plain
+from xception_pl.ablation.file import Cell
+from xception_pl.recipe import RecipeError, flat, recipe_from_plain, to_plain
+from xception_pl.run.decides import what_decides
+from xception_pl.run.numbers import read_results
 
 
 @dataclass(kw_only=True)
@@ -35,13 +36,12 @@ class State:
     def results(self) -> dict[str, float]:
         """The final numbers of a finished run."""
         assert self.folder is not None
-        numbers: dict[str, float] = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
-        return numbers
+        return read_results(self.folder)
 
 
 def find_state(cell: Cell) -> State:
     """Looks through the cell's run folders. A run whose stored recipe is not the cell's present one never counts."""
-    wanted = what_decides(cell.recipe)
+    wanted = what_decides(flat(to_plain(cell.recipe)))
     state, finished, resumable = State(), [], []
 
     def name(folder: Path) -> Path:
@@ -66,7 +66,7 @@ def find_state(cell: Cell) -> State:
 def _difference(stored: Path, wanted: dict[str, Any]) -> str:
     """The first few keys in which a stored recipe differs from the wanted one; empty where it does not."""
     try:
-        keys = what_decides(recipe_from_plain(yaml.safe_load(stored.read_text(encoding="utf-8"))))
+        keys = what_decides(flat(to_plain(recipe_from_plain(yaml.safe_load(stored.read_text(encoding="utf-8"))))))
     except (RecipeError, yaml.YAMLError, AttributeError) as error:
         return f"unreadable: {str(error).splitlines()[0]}"
     changed = [f"{name} {keys[name]!r}, now {wanted[name]!r}" for name in wanted if keys[name] != wanted[name]]

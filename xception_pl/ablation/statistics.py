@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
+from pathlib import Path
 from statistics import fmean, median, stdev
 
 from xception_pl.ablation.file import Ablation
@@ -95,11 +96,16 @@ def rows(ablation: Ablation, states: Sequence[State]) -> list[Row]:
     return found
 
 
+def step_seconds(folder: Path, global_batch: int) -> list[float]:
+    """Seconds of an optimiser step in each logged window of a run but the first, which warms up."""
+    logged = read_metrics(folder / "metrics.csv")
+    speeds = [row["images_per_second"] for row in logged if "images_per_second" in row]
+    return [global_batch / speed for speed in speeds[1:]]
+
+
 def _step_ms(runs: list[State], global_batch: int) -> float | None:
     times = []
     for state in runs:
         assert state.folder is not None
-        logged = read_metrics(state.folder / "metrics.csv")
-        speeds = [row["images_per_second"] for row in logged if "images_per_second" in row]
-        times += [1000 * global_batch / speed for speed in speeds[1:]]  # the first window warms up
-    return median(times) if times else None
+        times += step_seconds(state.folder, global_batch)
+    return 1000 * median(times) if times else None

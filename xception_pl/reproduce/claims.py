@@ -60,13 +60,12 @@ class Figure:
     source: str
     paper: str
     recipes: tuple[str, ...]
-    ours: str
-    """Where our answer stands once there is one."""
+    """Those whose runs are compared, or an ablation's one file, whose stored report holds the comparison."""
 
 
 _QUOTED = "quoted by the paper from the network's authors"
 _PRIVATE = "JFT and FastEval14k are private: another set gives another number"
-_K80 = "60 K80 GPUs, one batch a step; ours counts optimiser steps of the recipe's global batch on its own hardware"
+_K80 = "60 K80 GPUs, one batch a step; ours counts optimiser steps of the recipe's global batch on its own hardware, the median over a run"
 
 
 def _table1(network: str, recipe: str, top1: float, top5: float, note: str = "") -> tuple[Result, Result]:
@@ -176,34 +175,29 @@ FIGURES = (
         source="Figure 6",
         paper="Xception against Inception V3",
         recipes=_IMAGENET,
-        ours="curves.png of each run",
     ),
     Figure(
         what="training profiles on JFT, no fully-connected layers",
         source="Figure 7",
         paper="Xception against Inception V3",
         recipes=(JFT_XCEPTION, JFT_INCEPTION),
-        ours="curves.png of each run",
     ),
     Figure(
         what="training profiles on JFT, with fully-connected layers",
         source="Figure 8",
         paper="Xception against Inception V3",
         recipes=(JFT_XCEPTION_FC, JFT_INCEPTION_FC),
-        ours="curves.png of each run",
     ),
     Figure(
         what="residual connections",
         source="Figure 9, section 4.6",
         paper="without them training is slower and ends worse",
         recipes=("recipes/ablations/residual.yaml",),
-        ours="docs/ablations/residual.md, in small",
     ),
     Figure(
         what="activation between depthwise and pointwise convolution",
         source="Figure 10, section 4.7",
         paper="none is faster and ends better than ReLU or ELU",
         recipes=("recipes/ablations/intermediate_activation.yaml",),
-        ours="docs/ablations/intermediate_activation.md, in small",
     ),
 )

@@ -1,6 +1,8 @@
 """The ledger, put together from the claims, the recipes, the networks and finished runs."""
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,15 +10,18 @@ from torch import nn
 
 from xception_pl.nets.create import create_network
 from xception_pl.recipe import Recipe, flat, to_plain
-from xception_pl.reproduce.claims import COUNTS, FIGURES, RESULTS, SETTINGS, WITHOUT_AUXILIARY_TOWER, Setting
+from xception_pl.reproduce.claims import COUNTS, FIGURES, RESULTS, SETTINGS, WITHOUT_AUXILIARY_TOWER, Figure, Setting
 from xception_pl.reproduce.flags import base_of, read_flags
-from xception_pl.reproduce.runs import shipped_recipe, sort_runs, summary
+from xception_pl.reproduce.runs import Run, shipped_recipe, sort_runs, summary
+from xception_pl.run.numbers import without_nan
 
 Ledger = dict[str, Any]
+ABLATIONS = Path(__file__).parents[2] / "docs" / "ablations"
+"""The reports of the shipped ablations."""
 
 
 def make_ledger(folders: list[str]) -> Ledger:
-    """Everything that the command prints, in YAML's own types.
+    """Everything that the command prints, in JSON's own types; None for a number that is not finite.
 
     Raises:
         ValueError: a folder holds no run.
@@ -32,7 +37,7 @@ def make_ledger(folders: list[str]) -> Ledger:
         "results": [
             asdict(claim) | {"ours": summary(counted[claim.recipe], claim.metric, claim.scale)} for claim in RESULTS
         ],
-        "figures": [asdict(claim) for claim in FIGURES],
+        "figures": [asdict(claim) | {"ours": _figure(claim, counted)} for claim in FIGURES],
         "counts": [asdict(claim) | {"ours": _parameters(networks[claim.recipe])} for claim in COUNTS],
         "auxiliary_towers": [
             {"recipe": path, "source": "section 4.3", "paper": 0, "ours": _auxiliary_towers(networks[path])}
@@ -45,7 +50,7 @@ def make_ledger(folders: list[str]) -> Ledger:
         ],
         "deviations": {path: _deviations(path, values) for path, values in settings.items()},
         "runs": {path: [{"folder": run.folder, "seed": run.seed} for run in runs] for path, runs in counted.items()},
-        "refused": [asdict(run) for run in refused],
+        "refused": [asdict(run) | {"results": without_nan(run.results)} for run in refused],
     }
 
 
@@ -72,6 +77,31 @@ def _deviations(path: str, settings: dict[str, Any]) -> dict[str, Any]:
 def _equal(claim: Setting, recipes: dict[str, dict[str, Any]]) -> bool:
     values = [recipes[path][claim.key] for path in claim.recipes]
     return all(bool(value) if claim.paper is True else value == claim.paper for value in values)
+
+
+def _figure(claim: Figure, counted: dict[str, list[Run]]) -> dict[str, Any] | None:
+    """The counted runs of a figure's recipes, or what its ablation measured; None where neither was run."""
+    if claim.recipes[0].startswith("recipes/ablations/"):
+        return _ablation(Path(claim.recipes[0]).stem)
+    runs = {path: [run.folder for run in counted[path]] for path in claim.recipes}
+    return {"runs": runs} if any(runs.values()) else None
+
+
+def _ablation(name: str) -> dict[str, Any] | None:
+    """The differences of an ablation's variants to its first, from its stored report."""
+    stored = ABLATIONS / f"{name}.json"
+    if not stored.is_file():
+        return None
+    report = json.loads(stored.read_text(encoding="utf-8"))
+    differences = {row["variant"]: row["difference"] for row in report["variants"] if row["difference"] is not None}
+    if not differences:
+        return None
+    return {
+        "report": f"docs/ablations/{name}.md",
+        "metric": report["metric"],
+        "compared_with": report["compared_with"],
+        "differences": differences,
+    }
 
 
 def _network(recipe: Recipe) -> nn.Module:

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+from xception_pl.run.decides import IDLE
+
 _NOT_RUN = "not yet run"
 
 
@@ -13,8 +15,9 @@ def to_markdown(ledger: dict[str, Any]) -> str:
         "Every claim of *Xception: Deep Learning with Depthwise Separable Convolutions* (Chollet, CVPR 2017, "
         "arXiv:1610.02357v3), the recipe that runs it, the paper's number and ours. Generated: "
         "`python -m xception_pl.reproduce RUN_FOLDER … --markdown FILE` writes this page again, with the numbers of the "
-        "runs in those folders. A run counts where its resolved recipe equals the shipped one but for the seed, `run.*` "
-        "and the count of loader workers; numbers are mean ± standard deviation over seeds.",
+        "runs in those folders. A run counts where its resolved recipe equals the shipped one but for the seed and the "
+        f"keys that decide no number ({', '.join(_code(key + '*' if key.endswith('.') else key) for key in IDLE)}); "
+        "numbers are mean ± standard deviation over seeds.",
         "## Results",
         _table(
             ("claim", "source", "paper", "ours", "recipe", "note"),
@@ -34,7 +37,7 @@ def to_markdown(ledger: dict[str, Any]) -> str:
         _table(
             ("claim", "source", "paper", "ours", "recipe"),
             [
-                (row["what"], row["source"], row["paper"], row["ours"], ", ".join(map(_code, row["recipes"])))
+                (row["what"], row["source"], row["paper"], _figure(row["ours"]), ", ".join(map(_code, row["recipes"])))
                 for row in ledger["figures"]
             ],
         ),
@@ -78,6 +81,31 @@ def _ours(row: dict[str, Any]) -> str:
     digits = row["digits"] + 1
     spread = "" if ours["sd"] is None else f" ± {ours['sd']:.{digits}f}"
     return f"{ours['mean']:.{digits}f}{spread} (n = {ours['n']})"
+
+
+def _figure(ours: dict[str, Any] | None) -> str:
+    if ours is None:
+        return _NOT_RUN
+    if "runs" in ours:
+        return "; ".join(
+            f"{_code(path)}: {len(folders)} {'run' if len(folders) == 1 else 'runs'}, "
+            + ", ".join(_code(f"{folder}/curves.png") for folder in folders)
+            if folders
+            else f"{_code(path)}: {_NOT_RUN}"
+            for path, folders in ours["runs"].items()
+        )
+    metric = ours["metric"].removeprefix("val_")
+    differences = "; ".join(f"{name} {_difference(found)}" for name, found in ours["differences"].items())
+    return f"in small, {metric} in points against {ours['compared_with']}: {differences}; {ours['report']}"
+
+
+def _difference(found: dict[str, Any]) -> str:
+    """Mean ± standard deviation of the differences, in points."""
+    count = f"(n = {found['n']})"
+    if found["mean"] is None:
+        return f"not finite {count}"
+    spread = "" if found["deviation"] is None else f" ± {100 * found['deviation']:.1f}"
+    return f"{100 * found['mean']:+.1f}{spread} {count}"
 
 
 def _setting(row: dict[str, Any]) -> tuple[str, ...]:
@@ -141,11 +169,15 @@ def _runs(ledger: dict[str, Any]) -> Iterable[str]:
                 (
                     _code(run["folder"]),
                     run["reason"],
-                    ", ".join(f"{k} {v:.4g}" for k, v in run["results"].items() if k.startswith("val_")),
+                    ", ".join(_result(k, v) for k, v in run["results"].items() if k.startswith("val_")),
                 )
                 for run in ledger["refused"]
             ],
         )
+
+
+def _result(name: str, value: float | None) -> str:
+    return f"{name} not finite" if value is None else f"{name} {value:.4g}"
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -5,15 +5,15 @@ import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import yaml
 
+from xception_pl.ablation.statistics import step_seconds
 from xception_pl.recipe import Recipe, RecipeError, flat, load_recipe, recipe_from_plain, to_plain
-
-_IRRELEVANT = ("seed", "run.", "data.workers")
-"""Keys in which a run of a recipe may differ from it."""
+from xception_pl.run.decides import what_decides
+from xception_pl.run.numbers import read_results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class Run:
     settings: dict[str, Any]
     """Dotted keys of its resolved recipe."""
     results: dict[str, float]
+    """Of `results.json`, and `steps_per_second`: the median over the logged windows, where there are several."""
 
     @property
     def seed(self) -> int:
@@ -64,13 +65,14 @@ def read_run(folder: Path) -> Run | Refused:
             folder=str(folder), reason=f"its recipe cannot be read: {' '.join(str(error).split())}", results={}
         )
     try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        results = read_results(folder)
     except FileNotFoundError:
         return Refused(folder=str(folder), reason="not finished", results={})
     except json.JSONDecodeError as error:
         return Refused(folder=str(folder), reason=f"its results cannot be read: {error}", results={})
-    if "images_per_second" in results:
-        results["steps_per_second"] = results["images_per_second"] / settings["data.global_batch"]
+    if (folder / "metrics.csv").is_file():  # results hold the speed of the last window alone
+        seconds = step_seconds(folder, settings["data.global_batch"])
+        results |= {"steps_per_second": 1 / median(seconds)} if seconds else {}
     return Run(folder=str(folder), settings=settings, results=results)
 
 
@@ -81,8 +83,9 @@ def shipped_recipe(path: str) -> Recipe:
 
 
 def differing(ours: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
-    """Keys in which a run differs from a recipe, other than seed, run.* and the count of workers."""
-    return [key for key, value in shipped.items() if not key.startswith(_IRRELEVANT) and ours.get(key) != value]
+    """Keys in which a run differs from a recipe, of those that decide its numbers; runs of a recipe may differ in seed."""
+    decisive = what_decides(shipped)
+    return [key for key, value in decisive.items() if key != "seed" and ours.get(key) != value]
 
 
 def sort_runs(folders: list[str], recipes: dict[str, dict[str, Any]]) -> tuple[dict[str, list[Run]], list[Refused]]:
