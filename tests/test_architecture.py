@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "weights": {"nets", "optim", "module"},
     "run": {"recipe", "module", "data", "weights"},
     "ablation": {"recipe", "run"},
-    "build": {"recipe", "module", "data", "weights", "run"},
+    "build": {"recipe", "module", "nets", "data", "weights", "run"},
     "training": {"recipe", "commands", "module", "data", "weights", "run", "build"},
 }
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name not in ("__init__.py", "__main__.py")]

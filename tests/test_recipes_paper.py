@@ -138,7 +138,7 @@ def test_inception_v3_trains_without_its_auxiliary_tower() -> None:
     module = XceptionModule(recipe.model, recipe.optim, images_per_epoch=8, global_batch=2, total_steps=4)
     module.train()
     before = module.network.fc.weight.detach().clone()  # type: ignore[union-attr, operator]
-    optimizer = module.configure_optimizers()["optimizer"]  # type: ignore[index, call-overload]
+    optimizer = module.configure_optimizers()
     loss = module.training_step({"image": torch.randn(2, 3, 96, 96), "label": torch.tensor([1, 3])}, 0)
     loss.backward()
     optimizer.step()
