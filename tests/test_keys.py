@@ -1,5 +1,6 @@
 """No dead knobs: every key of a recipe changes something that can be seen."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from lightning.pytorch import loggers
+from lightning.pytorch.loggers import Logger
 
-from xception_pl.build import build_data, build_module, build_trainer, find_devices
-from xception_pl.data import stream
+from xception_pl.build import build_data, build_loggers, build_module, build_trainer, find_devices
+from xception_pl.data import source, stream
 from xception_pl.data.augment import DeviceAugment
+from xception_pl.data.config import SAMPLE, local_path
 from xception_pl.data.errors import DataError
 from xception_pl.optim.create import create_optimizer
-from xception_pl.recipe import Recipe, check, load_recipe, schema
+from xception_pl.recipe import Recipe, RecipeError, load_recipe, schema
 from xception_pl.run.interrupt import SignalFlag
 
 BASE = """
@@ -67,13 +71,10 @@ def of_optimiser(recipe: Recipe) -> Any:
 
 
 def of_data(recipe: Recipe) -> Any:
-    """The first batches of both loaders as the network sees them, and how they are loaded; or what is wrong."""
+    """The first batches of both loaders as the network sees them, and how they are loaded."""
     data = build_data(recipe)
-    try:
-        train, val = data.train_dataloader(), data.val_dataloader()
-        weights = data.class_weights()
-    except ValueError as error:
-        return str(error)
+    train, val = data.train_dataloader(), data.val_dataloader()
+    weights = data.class_weights()
     loading = [(len(x), x._loader.num_workers, x._loader.prefetch_factor) for x in (train, val)]
     if recipe.data.workers:
         return loading
@@ -84,6 +85,30 @@ def of_data(recipe: Recipe) -> Any:
         weights,
         [{name: (value.shape, hash(value.numpy().tobytes())) for name, value in batch.items()} for batch in batches],
     )
+
+
+def of_expectations(recipe: Recipe) -> Any:
+    """What is planned with before anything is read."""
+    data = build_data(recipe)
+    return data.train_images, data.val_images, data.steps_per_epoch
+
+
+def of_hub(recipe: Recipe) -> Any:
+    """What `datasets` is asked for; it answers with the shipped images."""
+    import datasets
+
+    asked = []
+    original = datasets.load_dataset_builder
+
+    def answer(path: str, revision: str | None = None) -> datasets.DatasetBuilder:
+        asked.append((path, revision))
+        return original(str(local_path(SAMPLE)))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(datasets, "load_dataset_builder", answer)
+        patched.setattr(source, "_knock", lambda: None)
+        assert build_data(recipe).train_images == 4000
+    return asked
 
 
 def of_faults(recipe: Recipe, folder: Path) -> Any:
@@ -135,16 +160,53 @@ def of_trainer(recipe: Recipe, folder: Path) -> Any:
 
 
 def of_run(recipe: Recipe, folder: Path) -> Any:
-    """Where the run goes, what is checked, what its callbacks and loggers do."""
+    """Where the run goes, what its callbacks and loggers do."""
     from xception_pl.run.folder import planned_folder
 
     trainer, _ = build_trainer(recipe, folder, accelerator="cpu", devices=1, signals=SignalFlag())
     every = [x.save_every_steps for x in trainer.checkpoint_callbacks]
-    return planned_folder(recipe).parent, every, [type(x).__name__ for x in trainer.loggers], check(recipe)
+    return planned_folder(recipe).parent, every, [type(x).__name__ for x in trainer.loggers]
 
 
+def write_other(folder: Path) -> Path:
+    """Another source than the shipped images: some of them, upside down under a second name, with a second label."""
+    folder.mkdir()
+    for split, first in (("train", 100), ("test", 200)):
+        table = pq.read_table("xception_pl/data/sample/test.parquet").slice(first, 16)
+        table = table.append_column(table.schema.field("image").with_name("picture"), table["image"].take(BACKWARDS))
+        table = table.append_column(table.schema.field("label").with_name("class"), table["label"].take(BACKWARDS))
+        pq.write_table(table, folder / f"{split}.parquet")
+    return folder
+
+
+class FakeWandb(Logger):
+    """Stands where Lightning's WandbLogger does, and keeps what it was made with."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__()
+        self.given = given
+
+    name = version = "fake"
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None: ...
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the package wandb were installed."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: object() if name == "wandb" else find_spec(name, *more)
+    )
+    monkeypatch.setattr(loggers, "WandbLogger", FakeWandb)
+
+
+BACKWARDS = list(range(15, -1, -1))
 RMSPROP, COSINE = {"optim.name": "rmsprop"}, {"optim.schedule": "cosine", "optim.decay_rate": "0.94"}
-# Key: the value to change to, and what else the recipe must say for the key to have a meaning.
+OTHER = {"data.source": "{other}"}
+# Key: the value to change to, and what else the recipe must say for the key to have a meaning. {other} is write_other's.
 CHANGES: dict[str, tuple[str, dict[str, str]]] = {
     "seed": ("1", {}),
     "model.name": ("resnet10t", {"model.width": "1", "model.middle_blocks": "8"}),
@@ -175,20 +237,20 @@ CHANGES: dict[str, tuple[str, dict[str, str]]] = {
     "optim.schedule": ("cosine", {}),
     "optim.decay_rate": ("0.5", {}),
     "optim.decay_every_epochs": ("1", {}),
-    "optim.decay_every_samples": ("100", {"optim.decay_every_epochs": "0"}),
+    "optim.decay_every_samples": ("100", {"optim.decay_every_epochs": "0", "optim.decay_every_samples": "50"}),
     "optim.warmup_epochs": ("1", {}),
     "optim.final_lr": ("0.01", COSINE),
     "optim.loss": ("sigmoid", {}),
     "optim.label_smoothing": ("0.1", {}),
     "optim.ema_decay": ("0", {}),
-    "data.source": ("recipes", {}),
-    "data.revision": ("abc", {}),
+    "data.source": ("{other}", {}),
+    "data.revision": ("abc", {"data.source": "owner/name"}),
     "data.train_split": ("test", {}),
     "data.val_split": ("train", {}),
-    "data.image_column": ("picture", {}),
-    "data.label_column": ("class", {}),
+    "data.image_column": ("picture", OTHER),
+    "data.label_column": ("class", OTHER),
     "data.class_weights": ("frequency", {"optim.loss": "sigmoid", "data.source": "sample-outfits"}),
-    "data.train_images": ("5", {}),
+    "data.train_images": ("3992", {}),
     "data.val_images": ("5", {}),
     "data.image_size": ("75", {}),
     "data.global_batch": ("16", {}),
@@ -238,7 +300,12 @@ CHANGES: dict[str, tuple[str, dict[str, str]]] = {
     "run.wandb": ("project", {}),
 }
 FAULTS = ("data.cache_dir", "data.cache_gb", "data.retry_seconds", "data.max_corrupt", "data.val_corrupt")
+REFUSED = ("data.decode",)  # a GPU
+"""Keys whose effect here is a refusal: what they ask for needs another machine. Of the others none may be refused."""
 OBSERVERS: dict[str, Callable[..., Any]] = {
+    "data.revision": of_hub,
+    "data.train_images": of_expectations,
+    "data.val_images": of_expectations,
     "model": of_network,
     "optim": of_optimiser,
     "data": of_data,
@@ -250,25 +317,38 @@ def test_the_list_is_complete() -> None:
     assert set(CHANGES) == {key.name for key in schema()}
 
 
+@pytest.mark.usefixtures("wandb")
 @pytest.mark.parametrize("key", CHANGES)
 def test_every_key_changes_something(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if key in FAULTS:
         monkeypatch.setattr(stream, "MEMORY_BYTES", 0)  # as if the shipped images were too many to hold
     path = tmp_path / "base.yaml"
     path.write_text(BASE)
+    other = str(write_other(tmp_path / "other"))
     section = key.partition(".")[0]
 
     def observed(overrides: dict[str, str]) -> Any:
-        try:
-            recipe = load_recipe(path, overrides)
-        except Exception as error:  # a refusal is an effect too
-            return str(error)
-        if section in OBSERVERS and key not in FAULTS:
-            return OBSERVERS[section](recipe)
+        recipe = load_recipe(path, {name: text.replace("{other}", other) for name, text in overrides.items()})
+        if key in OBSERVERS or (section in OBSERVERS and key not in FAULTS):
+            return OBSERVERS.get(key, OBSERVERS.get(section))(recipe)
         observer = {"trainer": of_trainer, "run": of_run, "data": of_faults}[section]
         return observer(recipe, tmp_path / "run")
 
     value, needed = CHANGES[key]
     needed = {name: text for name, text in needed.items() if name != "optim.decay_rate"}
-    before, after = observed(needed), observed({**needed, key: value})
-    assert repr(before) != repr(after)
+    before = observed(needed)
+    if key in REFUSED and not torch.cuda.is_available():
+        with pytest.raises((RecipeError, DataError), match=key):
+            observed({**needed, key: value})
+    else:
+        assert repr(before) != repr(observed({**needed, key: value}))
+
+
+@pytest.mark.usefixtures("wandb")
+def test_wandb_gets_project_name_and_folder(tmp_path: Path) -> None:
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    folder = tmp_path / "runs/mine/2026-01-01_00-00-00"
+    made = build_loggers(load_recipe(path, {"run.wandb": "project", "run.name": "mine"}), folder)
+    (fake,) = [logger for logger in made if isinstance(logger, FakeWandb)]
+    assert fake.given == {"project": "project", "name": "mine/2026-01-01_00-00-00", "save_dir": folder}

@@ -84,27 +84,34 @@ def test_what_is_dropped_changes_from_epoch_to_epoch() -> None:
     assert left[0] != left[1]
 
 
-def test_imagenet_is_planned_in_under_a_second() -> None:
+def test_imagenet_is_planned_in_seconds() -> None:
     rows = [100] * (IMAGENET // 100) + [IMAGENET % 100]
-    start = time.perf_counter()
-    plan = EpochPlan(rows, seed=0, epoch=0, global_batch=256)
-    order = plan.order()
-    assert time.perf_counter() - start < 1
+    taken = []
+    for _ in range(3):  # 0.13 s each where nothing else runs
+        start = time.perf_counter()
+        plan = EpochPlan(rows, seed=0, epoch=0, global_batch=256)
+        order = plan.order()
+        taken.append(time.perf_counter() - start)
+    assert min(taken) < 3
     assert (plan.steps, plan.dropped) == (5004, 143)
     assert len(np.unique(order)) == 5004 * 256
 
 
-def test_a_late_batch_costs_no_more_than_an_early_one() -> None:
-    def cost(step: int) -> float:
-        best = float("inf")
-        for _ in range(5):
-            plan = EpochPlan([100] * 12812, seed=0, epoch=0, global_batch=256)
-            start = time.perf_counter()
-            plan.batch(step)
-            best = min(best, time.perf_counter() - start)
-        return best
+@pytest.mark.parametrize("step", [0, 50, 4500, 5003])
+def test_a_batch_costs_at_most_two_blocks_a_lane_however_late(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shuffled = []
+    original = EpochPlan._block_ids
 
-    assert cost(4500) < 5 * cost(50)
+    def counted(plan: EpochPlan, lane: int, block: int) -> np.ndarray:
+        ids = original(plan, lane, block)
+        shuffled.append(len(ids))
+        return ids
+
+    monkeypatch.setattr(EpochPlan, "_block_ids", counted)
+    plan = EpochPlan([100] * 12812, seed=0, epoch=0, global_batch=256, window=16384)
+    plan.batch(step)
+    assert plan.steps == 5004
+    assert 0 < sum(shuffled) <= 2 * 16384
 
 
 @pytest.mark.parametrize("world", [2, 4, 8, 16, 20, 40, 80])
