@@ -16,6 +16,7 @@ from tests.data.test_stream import write_parquet
 from tests.data.tracing import png
 from xception_pl.data.ahead import FillAhead, NodeNeeds
 from xception_pl.data.cache import GroupCache
+from xception_pl.data.errors import DataError
 from xception_pl.data.plan import EpochPlan
 from xception_pl.data.source import ParquetSplit, open_split
 from xception_pl.data.stream import ParquetReader, read_group
@@ -131,6 +132,20 @@ def test_a_full_disk_only_costs_another_read(
     monkeypatch.setattr(pa.ipc, "new_file", full)
     all_rows(cache, split)
     assert files(tmp_path / "cache", "tmp") == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_by_its_key(
+    tmp_path: Path, split: ParquetSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says = r"^Nothing can be kept in .*{} \({}\): set data.cache_dir to a folder that can be written to\.$"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=says.format("file", "Not a directory")):
+        GroupCache(tmp_path / "file", 10**9, split, read_group)
+    with pytest.raises(DataError, match=says.format("file/below", "Not a directory")):
+        GroupCache(tmp_path / "file/below", 10**9, split, read_group)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "read-only")
+    with pytest.raises(DataError, match=says.format("read-only", "Permission denied")):
+        GroupCache(tmp_path / "read-only", 10**9, split, read_group)
 
 
 def test_another_job_that_clears_the_folder_disturbs_no_reader(tmp_path: Path, split: ParquetSplit) -> None:

@@ -156,6 +156,12 @@ def test_footers_are_read_once_and_kept(tmp_path: Path, hub: LoopbackHub) -> Non
     assert hub.requests["read"] == 5
 
 
+def test_kept_footers_need_a_folder(tmp_path: Path, hub: LoopbackHub) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"^Nothing can be kept in .*/file .*set data.cache_dir to a folder"):
+        ImageNetDataModule(config(tmp_path, cache_dir=str(tmp_path / "file"))).prepare()
+
+
 def test_torn_kept_footers_are_read_again_and_kept_anew(tmp_path: Path, hub: LoopbackHub) -> None:
     assert ImageNetDataModule(config(tmp_path)).train_images == TRAIN
     first, second, *_ = kept = sorted((tmp_path / "cache").rglob("*.footer"))

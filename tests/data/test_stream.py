@@ -186,9 +186,7 @@ def test_a_saved_dataset_that_lost_a_file_is_one_sentence(tmp_path: Path) -> Non
     ("start", "stop", "says"),
     [(-350, -200, "The footer of the Parquet file .* is damaged"), (-5, -4, "is not a whole Parquet file")],
 )
-def test_a_damaged_footer_is_one_sentence_that_names_the_file(
-    tmp_path: Path, start: int, stop: int, says: str
-) -> None:
+def test_a_damaged_footer_is_one_sentence_that_names_the_file(tmp_path: Path, start: int, stop: int, says: str) -> None:
     write_parquet(tmp_path / "set", "train.parquet", range(20))
     file = tmp_path / "set" / "train.parquet"
     data = bytearray(file.read_bytes())

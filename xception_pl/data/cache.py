@@ -19,6 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from xception_pl.data.errors import DataError
 from xception_pl.data.source import ParquetSplit
 
 _STALE_SECONDS = 600  # files written aside that are older belong to a process that died
@@ -35,6 +36,9 @@ class GroupCache:
         limit_bytes: of everything in the folder.
         split: whose row groups these are.
         read: brings a row group from the source.
+
+    Raises:
+        DataError: the folder cannot be written to.
     """
 
     def __init__(
@@ -43,7 +47,7 @@ class GroupCache:
         self.folder, self.limit_bytes = folder, limit_bytes
         self._split, self._read = split, read
         self._groups = folder / _fingerprint(split)
-        self._groups.mkdir(parents=True, exist_ok=True)
+        make_folder(self._groups)
         self._warned = False
 
     def table(self, group: int) -> pa.Table:
@@ -169,6 +173,20 @@ def cache_folder(configured: str | None) -> Path:
     if configured is not None:
         return Path(configured).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xception_pl"
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder within the cache's; raises DataError where that, or writing there or beside it, is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for written in (folder, folder.parent):
+            if not os.access(written, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise DataError(
+            f"Nothing can be kept in {folder.parent} ({error.strerror}): "
+            "set data.cache_dir to a folder that can be written to."
+        ) from error
 
 
 @contextlib.contextmanager

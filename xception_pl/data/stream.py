@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from xception_pl.data.cache import GroupCache, cache_folder
+from xception_pl.data.cache import GroupCache, cache_folder, make_folder
 from xception_pl.data.errors import DataError
 from xception_pl.data.fetch import RETRY_SECONDS, file_size, read_range
 from xception_pl.data.source import ParquetSplit, Split, TableSplit
@@ -156,7 +156,7 @@ def kept_footer(path: str, keep: Path | None) -> pq.FileMetaData:
     with contextlib.suppress(OSError, pa.ArrowException):  # not there, or torn: read and kept again
         return pq.read_metadata(kept)
     footer = read_footer(path)
-    keep.mkdir(parents=True, exist_ok=True)
+    make_folder(keep)
     aside = kept.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
     footer.write_metadata_file(str(aside))
     aside.rename(kept)
