@@ -84,6 +84,17 @@ def test_a_file_that_does_not_fit(tmp_path: Path, text: str, expected: str) -> N
         read_class_weights(path, 2)
 
 
+def test_a_file_that_cannot_be_read_is_named_with_its_key(tmp_path: Path) -> None:
+    path = tmp_path / "weights.txt"
+    path.write_bytes("1\n2\n".encode("utf-16"))
+    with pytest.raises(
+        DataError, match=r"^data.class_weights .*weights.txt cannot be read \(it is not UTF-8 text\): .*\.$"
+    ):
+        read_class_weights(path, 2)
+    with pytest.raises(DataError, match=r"^data.class_weights .* cannot be read \(No such file or directory\): .*\.$"):
+        read_class_weights(tmp_path / "none.txt", 2)
+
+
 def test_no_weights_are_none() -> None:
     assert ImageNetDataModule(DataConfig(source=OUTFITS), num_classes=10, multi_label=True).class_weights() is None
 

@@ -24,10 +24,17 @@ def read_class_weights(path: str | Path, classes: int) -> list[float]:
     """One number a line, in the order of the classes; empty lines do not count.
 
     Raises:
-        DataError: a line is no finite number of 0 or more, all are 0, or there are not as many as classes.
+        DataError: it cannot be read, a line is no finite number of 0 or more, all are 0, or there are not as many as classes.
     """
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise DataError(
+            f"data.class_weights {path} cannot be read ({why}): give a text file with a number a line."
+        ) from error
     weights = []
-    for number, line in enumerate(Path(path).expanduser().read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
