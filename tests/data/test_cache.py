@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,26 @@ def test_the_folder_stays_below_its_limit_and_the_longest_unused_go_first(tmp_pa
     all_rows(small, split)
 
 
+@pytest.mark.parametrize("room", [0.5, 1.5, 3.5], ids="room for {} groups".format)
+def test_many_readers_of_a_small_folder_all_get_their_rows(
+    tmp_path: Path, split: ParquetSplit, room: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wide(split: ParquetSplit, group: int) -> pa.Table:  # writing it takes long enough for others to come between
+        return pa.table({"image": pa.array([bytes([group]) * 2**20]), "label": pa.array([group])})
+
+    small = GroupCache(tmp_path / "cache", int(room * 2**20), split, wide)
+    with ThreadPoolExecutor(8) as pool:
+        tables = list(pool.map(lambda i: small.table(i % GROUPS), range(5 * GROUPS)))
+    assert [table["label"][0].as_py() for table in tables] == [i % GROUPS for i in range(5 * GROUPS)]
+    assert sum(file.stat().st_size for file in files(tmp_path / "cache")) <= small.limit_bytes
+    assert files(tmp_path / "cache", "tmp") == []
+    if room < 1:
+        assert files(tmp_path / "cache") == []
+        assert caplog.messages[0].startswith("No room in")
+    else:
+        assert files(tmp_path / "cache")
+
+
 def test_processes_share_one_download(tmp_path: Path, split: ParquetSplit) -> None:
     log = tmp_path / "log"
     cache = GroupCache(tmp_path / "cache", 10**9, split, functools.partial(logged, log))
@@ -116,7 +137,7 @@ def test_what_dead_processes_left_is_cleared_and_torn_files_are_made_again(tmp_p
     left = whole.with_suffix(".1.tmp")
     left.write_bytes(b"half")
     os.utime(left, (0, 0))
-    cache.limit_bytes = len(good)
+    cache.limit_bytes = 3 * len(good) // 2
     cache.fill(1)
     assert not left.exists()
 

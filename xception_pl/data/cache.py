@@ -97,13 +97,14 @@ class GroupCache:
             return None
 
     def _write(self, table: pa.Table, path: Path) -> bool:
-        """Keep a table; False where the disk has no room."""
+        """Keep a table; False where the disk, or the limit, has no room."""
         for freed in (False, True):
             aside = path.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}.tmp")
             try:
                 size = pa.MockOutputStream()
                 _write_arrow(table, size)
-                self._reserve(aside, size.size())
+                if not self._reserve(aside, size.size()):
+                    break
                 with aside.open("r+b") as file:
                     _write_arrow(table, file)
                 aside.rename(path)
@@ -119,19 +120,27 @@ class GroupCache:
             _log.warning("No room in %s: row groups that do not fit are read again when needed.", self.folder)
         return False
 
-    def _reserve(self, aside: Path, size: int) -> None:
+    def _reserve(self, aside: Path, size: int) -> bool:
         """Make a file of `size` bytes to write into; when that passes the limit, delete the longest unused first.
+
+        False where it passes the limit all the same: it is larger, or others are writing as much at this moment.
 
         The bytes are kept in a file, for measuring the folder takes longer than writing a row group.
         """
+        if size > self.limit_bytes:
+            return False
         with _locked(self.folder / "lock"):
             counter = self.folder / "bytes"
             used = int(counter.read_text() or 0) if counter.exists() else self._measure()
             if used + size > self.limit_bytes:
                 used = self._delete(max(0, int(self.limit_bytes * _ROOM) - size))
-            counter.write_text(str(used + size))
+            fits = used + size <= self.limit_bytes
+            counter.write_text(str(used + size if fits else used))
+            if not fits:
+                return False
             with aside.open("wb") as file:
                 file.truncate(size)  # counts from now on, for whoever measures
+        return True
 
     def _clear(self, down_to: float) -> None:
         with _locked(self.folder / "lock"):
@@ -142,12 +151,17 @@ class GroupCache:
         return sum(size for _, size, _ in self._files())
 
     def _delete(self, down_to: int) -> int:
-        """Delete the longest unused files until `down_to` bytes are left; returns the bytes left."""
+        """Delete the longest unused files until `down_to` bytes are left; returns the bytes left.
+
+        What is being written counts, and stays: its writer is about to rename it.
+        """
         files = sorted(self._files())
         used = sum(size for _, size, _ in files)
         for _, size, path in files:
             if used <= down_to:
                 break
+            if path.suffix == ".tmp":
+                continue
             path.unlink(missing_ok=True)
             used -= size
         return used
