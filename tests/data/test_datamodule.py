@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
@@ -51,6 +52,32 @@ def test_numbers_are_known_without_a_trainer() -> None:
     assert (data.train_images, data.val_images) == (103, 21)
     assert (data.steps_per_epoch, data.images_dropped_per_epoch) == (10, 3)
     assert data.class_names == tuple(f"class {i}" for i in range(10))
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (
+            [f"class {i}" for i in (0, 1, 3, 2, 4, 5, 6, 7, 8, 9)],
+            "Class 2 is 'class 2' in .*train.* and 'class 3' in .*",
+        ),
+        ([f"class {i}" for i in range(11)], "Class 10 is missing in .*train.* and 'class 10' in .*"),
+    ],
+    ids=["another order", "one more"],
+)
+def test_splits_whose_classes_differ_are_refused(names: list[str], says: str) -> None:
+    val = table(21).cast_column("label", datasets.ClassLabel(names=names))
+    data = ImageNetDataModule(DataConfig(**CONFIG), train=table(40), val=val)
+    for _ in range(2):
+        with pytest.raises(DataError, match=rf"^{says}: give both splits the same classes in the same order\.$"):
+            data.prepare()
+
+
+def test_a_split_without_class_names_goes_with_any() -> None:
+    val = table(21).cast_column("label", datasets.Value("int64"))
+    data = ImageNetDataModule(DataConfig(**CONFIG), train=table(40), val=val)
+    data.prepare()
+    assert len(data.class_names) == 10
 
 
 def test_the_shipped_images_come_through_the_streaming_path() -> None:

@@ -1,6 +1,7 @@
 """`ImageNetDataModule`: any image classification source of `datasets`, planned exactly, streamed, cropped, batched."""
 
 import functools
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -94,6 +95,7 @@ class ImageNetDataModule(pl.LightningDataModule):
         for name, wanted in (("train", train), ("val", val)):
             if wanted and name not in self._splits:
                 self._splits[name] = self._open(name)
+        self._check_names()
 
     def setup(self, stage: str | None = None) -> None:
         """Rank 0 resolves the source and hands it to the others: all go on, or all stop with the same sentence."""
@@ -410,6 +412,24 @@ class ImageNetDataModule(pl.LightningDataModule):
                 "set the number of classes to the source's."
             )
 
+    def _check_names(self) -> None:
+        """The number of a label must mean the same class in both splits."""
+        if len(self._splits) < 2:
+            return
+        train, val = self._splits["train"], self._splits["val"]
+        if train.labels.names is None or val.labels.names is None:
+            return
+        for i, (one, other) in enumerate(itertools.zip_longest(train.labels.names, val.labels.names)):
+            if one != other:
+                raise DataError(
+                    f"Class {i} is {_quoted(one)} in {train.where} and {_quoted(other)} in {val.where}: "
+                    "give both splits the same classes in the same order."
+                )
+
     def _format(self) -> Format:
         classes = self.num_classes if self.num_classes is not None else len(self.class_names)
         return Format(channels=self.in_chans, classes=classes, multi_label=self.multi_label)
+
+
+def _quoted(name: str | None) -> str:
+    return "missing" if name is None else repr(name)
