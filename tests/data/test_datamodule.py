@@ -80,6 +80,19 @@ def test_a_split_without_class_names_goes_with_any() -> None:
     assert len(data.class_names) == 10
 
 
+@pytest.mark.parametrize("channels", [0, 2, 4])
+def test_images_of_other_channels_are_refused_at_once(channels: int) -> None:
+    with pytest.raises(ValueError, match=rf"^model.in_chans is {channels}, .*: set it to 1 or 3\.$"):
+        ImageNetDataModule(in_chans=channels)
+
+
+@pytest.mark.parametrize("options", [{"color": "full"}, {"color": "fast"}, {"randaugment": 2}], ids=str)
+def test_colour_changes_of_grey_images_are_refused_at_once(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^model.in_chans is 1, but data.color .* data.randaugment .*\.$"):
+        ImageNetDataModule(DataConfig(**options), in_chans=1)
+    ImageNetDataModule(DataConfig(**options), in_chans=3)
+
+
 def test_the_shipped_images_come_through_the_streaming_path() -> None:
     data = ImageNetDataModule(
         DataConfig(**CONFIG, source="sample", val_split="test", global_batch=100, workers=0), in_chans=1

@@ -54,7 +54,8 @@ class ImageNetDataModule(pl.LightningDataModule):
 
     Raises:
         DataError: (in `prepare`, `setup` or a loader) the source cannot be used; one sentence.
-        ValueError: global batch, devices and accumulation do not divide.
+        ValueError: global batch, devices and accumulation do not divide; or, at once, images of so many channels cannot
+            be read, or not be augmented as `config` says.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class ImageNetDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.config = config or DataConfig()
+        _check_channels(in_chans, self.config)
         self.seed, self.in_chans, self.num_classes = seed, in_chans, num_classes
         self.multi_label, self.accumulate = multi_label, accumulate
         self._given = {"train": train, "val": val}
@@ -433,3 +435,13 @@ class ImageNetDataModule(pl.LightningDataModule):
 
 def _quoted(name: str | None) -> str:
     return "missing" if name is None else repr(name)
+
+
+def _check_channels(channels: int, config: DataConfig) -> None:
+    if channels not in (1, 3):
+        raise ValueError(f"model.in_chans is {channels}, but images have 1 or 3 channels: set it to 1 or 3.")
+    if channels == 1 and (config.color != "none" or config.randaugment):
+        raise ValueError(
+            f"model.in_chans is 1, but data.color {config.color} with data.randaugment {config.randaugment} needs "
+            "3 channels: set data.color to none and data.randaugment to 0, or model.in_chans to 3."
+        )
