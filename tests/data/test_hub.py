@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import HfFileSystem
 
 from tests.data.tracing import CLASSES, SaveAt, Tracer, features, png, trainer
-from tests.loopback_hub import LoopbackHub, reset, short, sometimes, stall, status, truncated
+from tests.loopback_hub import LoopbackHub, _Handler, reset, short, sometimes, stall, status, truncated
 from xception_pl.data import fetch
 from xception_pl.data.config import DataConfig
 from xception_pl.data.datamodule import ImageNetDataModule
@@ -264,6 +264,13 @@ def test_a_hub_that_does_not_answer_is_told_from_a_wrong_source(
 )
 def test_a_refusal_is_of_the_source_or_of_the_one_who_asks(status: int, kind: type[DataError]) -> None:
     assert type(fetch.refusal(f"hf://datasets/{IMAGENET}@main/data/file", status)) is kind
+
+
+@pytest.mark.slow  # the client itself tries again for a while
+def test_a_hub_that_fails_is_no_wrong_source(monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub) -> None:
+    monkeypatch.setattr(_Handler, "_answer", lambda request: request._error(500, "Failure"))
+    with pytest.raises(SourceUnreachable, match=r"does not answer for .*\.$"):
+        open_split(IMAGENET, "train")
 
 
 def move_the_branch(hub: LoopbackHub) -> None:

@@ -207,6 +207,8 @@ def _hub_builder(source: str, revision: str | None) -> "datasets.DatasetBuilder"
         with answered(source):
             _knock()
             return load_dataset_builder(source, revision=revision)
+    except DataError:  # a ValueError too
+        raise
     except DatasetNotFoundError as error:
         if "gated" in str(error):
             raise refusal(source, 403 if "ask for access" in str(error) else 401) from error
@@ -224,6 +226,10 @@ def _hub_builder(source: str, revision: str | None) -> "datasets.DatasetBuilder"
             "or give a local mirror as data.source."
         ) from error
     except (DatasetsError, HFValidationError, FileNotFoundError, ValueError) as error:
+        if "LocalEntryNotFoundError" in str(
+            error
+        ):  # how the client tells of a hub that answers with a failure of its own
+            raise SourceUnreachable(f"The hub does not answer for {source}: try again.") from error
         raise DataError(f"data.source {source} cannot be opened: {str(error).splitlines()[0].rstrip('.')}.") from error
 
 
