@@ -59,12 +59,13 @@ def test_make_has_its_targets(arguments: tuple[str, ...]) -> None:
 @pytest.mark.slow
 def test_a_wheel_works_in_an_empty_environment(tmp_path: Path) -> None:
     """Built, installed where no checkout is, and asked for the shipped recipe; the libraries are lent by this environment."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path / "dist"), "."]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel], check=True, env=environment)
     site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
     # Path entries alone: an editable installation of this checkout works by a hook, which a .pth line does not lend.
     libraries = [path for path in sys.path if path.endswith("site-packages")]
@@ -77,7 +78,6 @@ def test_a_wheel_works_in_an_empty_environment(tmp_path: Path) -> None:
         "--trainer.max_steps=3",
         "--trainer.limit_val_batches=1",
     ]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "written to runs/quickstart/" in done.stdout
