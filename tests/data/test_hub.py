@@ -14,11 +14,11 @@ import pytest
 from huggingface_hub import HfFileSystem
 
 from tests.data.tracing import CLASSES, SaveAt, Tracer, features, png, trainer
-from tests.loopback_hub import LoopbackHub, reset, short, sometimes, stall, status, truncated
+from tests.loopback_hub import LoopbackHub, _Handler, reset, short, sometimes, stall, status, truncated
 from xception_pl.data import fetch
 from xception_pl.data.config import DataConfig
 from xception_pl.data.datamodule import ImageNetDataModule
-from xception_pl.data.errors import DataError
+from xception_pl.data.errors import DataError, SourceUnreachable
 from xception_pl.data.source import open_split
 from xception_pl.data.stream import open_reader
 
@@ -196,11 +196,11 @@ def test_a_gated_set_says_what_to_do_and_keeps_the_token(
     tmp_path: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.token = "hf_secret"
-    with pytest.raises(DataError, match=r"gated.*accept its terms.*hf auth login") as error:
+    with pytest.raises(SourceUnreachable, match=r"gated.*accept its terms.*hf auth login") as error:
         open_split(IMAGENET, "train")
     assert "\n" not in str(error.value)
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    with pytest.raises(DataError, match=r"accept its terms.*same account") as error:
+    with pytest.raises(SourceUnreachable, match=r"accept its terms.*same account") as error:
         open_split(IMAGENET, "train")
     assert "hf_other" not in str(error.value)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -224,6 +224,7 @@ def test_what_is_not_on_the_hub_is_told_in_one_sentence(
 ) -> None:
     with pytest.raises(DataError, match=says) as error:
         open_split(source, split, revision=revision)
+    assert not isinstance(error.value, SourceUnreachable)
     assert "\n" not in str(error.value)
     assert str(error.value).endswith(".")
 
@@ -233,9 +234,44 @@ def test_no_network_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch, hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"cannot be reached.*\.$") as error:
+    with pytest.raises(SourceUnreachable, match=r"cannot be reached.*\.$") as error:
         open_split(IMAGENET, "train")
     assert "\n" not in str(error.value)
+
+
+def test_a_hub_that_does_not_answer_is_told_from_a_wrong_source(
+    monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub
+) -> None:
+    silence = fetch._transport_error()("silence")
+
+    def no_builder(*_: Any, **__: Any) -> None:
+        raise silence
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", no_builder)
+    with pytest.raises(SourceUnreachable, match=rf"^The hub does not answer for {IMAGENET} .*\.$"):
+        open_split(IMAGENET, "train")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(401, SourceUnreachable), (403, SourceUnreachable), (503, SourceUnreachable), (404, DataError), (400, DataError)],
+)
+def test_a_refusal_is_of_the_source_or_of_the_one_who_asks(status: int, kind: type[DataError]) -> None:
+    assert type(fetch.refusal(f"hf://datasets/{IMAGENET}@main/data/file", status)) is kind
+
+
+@pytest.mark.slow  # the client itself tries again for a while
+def test_a_hub_that_fails_is_no_wrong_source(monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub) -> None:
+    monkeypatch.setattr(_Handler, "_answer", lambda request: request._error(500, "Failure"))
+    with pytest.raises(SourceUnreachable, match=r"does not answer for .*\.$"):
+        open_split(IMAGENET, "train")
+
+
+def test_a_file_that_the_hub_does_not_hand_over_is_no_wrong_source(hub: LoopbackHub) -> None:
+    split = open_split(IMAGENET, "validation")
+    hub.faults.append(status(503))
+    with pytest.raises(SourceUnreachable, match="the last with 503"):
+        open_reader(split, retry_seconds=0.1).rows([0])
 
 
 def move_the_branch(hub: LoopbackHub) -> None:

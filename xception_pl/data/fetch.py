@@ -5,20 +5,21 @@ Training must outlast longer storms, must end before the process group's timeout
 So each read is one request here, its length is checked, and the waits between tries are ours.
 """
 
+import contextlib
 import hashlib
 import importlib
 import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
 import fsspec
 
-from xception_pl.data.errors import DataError
+from xception_pl.data.errors import DataError, SourceUnreachable
 
 RETRY_SECONDS = 300.0
 """How long a read is tried: below the process groups' timeouts (10 minutes for NCCL)."""
@@ -47,7 +48,8 @@ def read_range(path: str, start: int, stop: int, retry_seconds: float = RETRY_SE
     """Bytes [start, stop) of a file, through the file system that `datasets` uses for it.
 
     Raises:
-        DataError: when the file is not there or not for us, or every try for `retry_seconds` failed.
+        DataError: when the file is not there or not for us, or every try for `retry_seconds` failed; of a remote file,
+            the last two are SourceUnreachable.
     """
     began, wait, tries = time.monotonic(), _FIRST_WAIT, 0
     while True:
@@ -67,7 +69,8 @@ def read_range(path: str, start: int, stop: int, retry_seconds: float = RETRY_SE
             )  # jitter: a node's readers must not come back at once
             spent = time.monotonic() - began
             if spent + pause > retry_seconds:
-                raise DataError(
+                kind_of_error = SourceUnreachable if "://" in path else DataError
+                raise kind_of_error(
                     f"Cannot read {path}: {tries} tries in {spent:.0f} s failed, the last with {fault.kind}; "
                     "resume when the source answers again, or mirror the data and give the folder as data.source."
                 ) from fault
@@ -86,7 +89,8 @@ def file_size(path: str) -> int:
     """Length of a file in bytes; raises DataError when it is not there."""
     fs, name = fsspec.core.url_to_fs(path)
     try:
-        return int(fs.size(name))
+        with answered(path) if path.startswith("hf://") else contextlib.nullcontext():
+            return int(fs.size(name))
     except FileNotFoundError as error:
         raise DataError(f"{path} is not there.") from error
 
@@ -122,7 +126,7 @@ def _read_hub(path: str, start: int, stop: int) -> bytes:
         status = error.response.status_code if error.response is not None else 0
         if status in _FOR_A_WHILE:
             raise _Again(str(status), _asked_wait(error.response.headers.get("Retry-After"))) from error
-        raise DataError(refusal(path, status)) from error
+        raise refusal(path, status) from error
     return bytes(response.content)
 
 
@@ -154,7 +158,8 @@ def hub_files(urls: Sequence[str]) -> tuple[str, list[HubFile]]:
     """The commit that hub files are of, and size and hash of each, in their order.
 
     Raises:
-        DataError: the hub cannot be reached or refuses.
+        DataError: the hub refuses.
+        SourceUnreachable: it cannot be reached, or not with this token.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -171,9 +176,11 @@ def hub_files(urls: Sequence[str]) -> tuple[str, list[HubFile]]:
             entries = HfApi().get_paths_info(repo, asked, revision=commit, repo_type="dataset")
             found |= {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     except HfHubHTTPError as error:
-        raise DataError(refusal(urls[0], error.response.status_code)) from error
+        raise refusal(urls[0], error.response.status_code) from error
     except _transport_error() as error:
-        raise DataError(f"The hub cannot be reached to list {repo} ({type(error).__name__}): try again.") from error
+        raise SourceUnreachable(
+            f"The hub cannot be reached to list {repo} ({type(error).__name__}): try again."
+        ) from error
     return commit, [
         HubFile(url=url, size=entry.size, sha256=entry.lfs.sha256 if entry.lfs else None, git_hash=entry.blob_id)
         for url, entry in zip(urls, (found[name] for name in names), strict=True)
@@ -190,22 +197,40 @@ def _transport_error() -> type[Exception]:
     return kind
 
 
-def refusal(path: str, status: int) -> str:
+@contextlib.contextmanager
+def answered(path: str) -> Iterator[None]:
+    """Turns what the hub's client raises, when the hub does not answer or refuses, into one sentence."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except HfHubHTTPError as error:
+        raise refusal(path, error.response.status_code) from error
+    except _transport_error() as error:
+        raise SourceUnreachable(f"The hub does not answer for {path} ({type(error).__name__}): try again.") from error
+
+
+def refusal(path: str, status: int) -> DataError:
     """What to do when the hub refuses a file for good."""
     dataset = hub_parts(path)[0]
     if status == 401:
-        return (
+        return SourceUnreachable(
             f"The dataset {dataset} is gated or private and no token was given: accept its terms at "
             f"https://huggingface.co/datasets/{dataset}, then run `hf auth login` or set HF_TOKEN."
         )
     if status == 403:
-        return (
+        return SourceUnreachable(
             f"The token given has no access to the dataset {dataset}: accept its terms at "
             f"https://huggingface.co/datasets/{dataset} with the same account."
         )
     if status == 404:
-        return f"{path} is gone from the hub: that commit's history was rewritten; name another in data.revision."
-    return f"The hub refuses {path} with status {status}."
+        return DataError(
+            f"{path} is gone from the hub: that commit's history was rewritten; name another in data.revision."
+        )
+    kind = SourceUnreachable if status in _FOR_A_WHILE else DataError
+    return kind(f"The hub refuses {path} with status {status}.")
 
 
 def hub_parts(path: str) -> tuple[str, str, str]:

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xception_pl.data.config import OUTFITS, local_path
-from xception_pl.data.errors import DataError
-from xception_pl.data.fetch import hub_parts, refusal
+from xception_pl.data.errors import DataError, SourceUnreachable
+from xception_pl.data.fetch import answered, hub_parts, refusal
 
 if TYPE_CHECKING:
     import datasets
@@ -114,6 +114,7 @@ def open_split(
 
     Raises:
         DataError: source, revision, split or column do not exist or cannot be read; says which and what to do.
+        SourceUnreachable: the hub cannot be reached, does not answer, or not with this token.
     """
     from datasets.packaged_modules.arrow.arrow import Arrow
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
@@ -203,11 +204,14 @@ def _hub_builder(source: str, revision: str | None) -> "datasets.DatasetBuilder"
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
     try:
-        _knock()
-        return load_dataset_builder(source, revision=revision)
+        with answered(source):
+            _knock()
+            return load_dataset_builder(source, revision=revision)
+    except DataError:  # a ValueError too
+        raise
     except DatasetNotFoundError as error:
         if "gated" in str(error):
-            raise DataError(refusal(source, 403 if "ask for access" in str(error) else 401)) from error
+            raise refusal(source, 403 if "ask for access" in str(error) else 401) from error
         if "evision" in str(error):
             raise DataError(
                 f"There is no revision {revision} of {source} on the hub: correct data.revision."
@@ -217,11 +221,15 @@ def _hub_builder(source: str, revision: str | None) -> "datasets.DatasetBuilder"
             "nor is it a folder here: correct data.source, or run `hf auth login`."
         ) from error
     except (ConnectionError, OfflineModeIsEnabled) as error:
-        raise DataError(
+        raise SourceUnreachable(
             f"The hub cannot be reached to open {source}: check the network and HF_HUB_OFFLINE, "
             "or give a local mirror as data.source."
         ) from error
     except (DatasetsError, HFValidationError, FileNotFoundError, ValueError) as error:
+        if "LocalEntryNotFoundError" in str(
+            error
+        ):  # how the client tells of a hub that answers with a failure of its own
+            raise SourceUnreachable(f"The hub does not answer for {source}: try again.") from error
         raise DataError(f"data.source {source} cannot be opened: {str(error).splitlines()[0].rstrip('.')}.") from error
 
 
