@@ -273,6 +273,13 @@ def test_a_hub_that_fails_is_no_wrong_source(monkeypatch: pytest.MonkeyPatch, hu
         open_split(IMAGENET, "train")
 
 
+def test_a_file_that_the_hub_does_not_hand_over_is_no_wrong_source(hub: LoopbackHub) -> None:
+    split = open_split(IMAGENET, "validation")
+    hub.faults.append(status(503))
+    with pytest.raises(SourceUnreachable, match="the last with 503"):
+        open_reader(split, retry_seconds=0.1).rows([0])
+
+
 def move_the_branch(hub: LoopbackHub) -> None:
     """`main` becomes another commit, whose files have the same names and other rows."""
     before = hub.folder.with_name("before")
