@@ -226,9 +226,8 @@ def _hub_builder(source: str, revision: str | None) -> "datasets.DatasetBuilder"
             "or give a local mirror as data.source."
         ) from error
     except (DatasetsError, HFValidationError, FileNotFoundError, ValueError) as error:
-        if "LocalEntryNotFoundError" in str(
-            error
-        ):  # how the client tells of a hub that answers with a failure of its own
+        hidden = "LocalEntryNotFoundError" in str(error)  # so the client tells of a hub that fails itself
+        if hidden:
             raise SourceUnreachable(f"The hub does not answer for {source}: try again.") from error
         raise DataError(f"data.source {source} cannot be opened: {str(error).splitlines()[0].rstrip('.')}.") from error
 
