@@ -228,6 +228,13 @@ def test_changed_optimiser_settings_act_on_resuming(run: Any, capsys: pytest.Cap
     assert rates == [0.004 * 0.94**3, 0.004 * 0.94**5, 0.004 * 0.94**7, 0.004 * 0.94**11]
 
 
+def test_another_decay_of_the_average_may_resume(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A small one is not none."""
+    assert run("tiny.yaml", signals_at=(2,)) == 130
+    assert run("tiny.yaml", "--resume=last", "--optim.ema_decay=0.05") == 0
+    assert "changed   optim.ema_decay was 0.9 and is 0.05" in capsys.readouterr().out
+
+
 def test_a_finished_run_that_goes_on_is_unfinished_again(run: Any) -> None:
     assert run("tiny.yaml", "--trainer.max_epochs=1") == 0
     assert (only_run() / "results.json").exists()

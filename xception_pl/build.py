@@ -167,12 +167,14 @@ def load_for_resume(path: Path, recipe: Recipe) -> list[str]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        changed = _differences(checkpoint["recipe"], recipe)
+        stored = checkpoint["recipe"]
+        changed = _differences(stored, recipe)
+        averaged = bool(stored["optim"]["ema_decay"])
     except Exception as error:
         raise RecipeError([f"--resume: {path} is not a checkpoint of a run: {str(error).splitlines()[0]}"]) from error
     fatal = [f"{name} {how}" for name, how in changed.items() if name.startswith(_FIXED)]
-    averaged = [how for name, how in changed.items() if name == "optim.ema_decay" and " 0.0" in f" {how} "]
-    fatal += [f"optim.ema_decay {how}, and averaging cannot be switched on or off" for how in averaged]
+    if averaged != bool(recipe.optim.ema_decay):
+        fatal.append(f"optim.ema_decay {changed['optim.ema_decay']}, and averaging cannot be switched on or off")
     if fatal:
         raise RecipeError([f"--resume: {path} was trained with another recipe: {sentence}." for sentence in fatal])
     return [f"{name} {how}" for name, how in changed.items()]

@@ -181,8 +181,9 @@ class XceptionModule(LightningModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         # Set here, from the step alone: a scheduler would have state of its own to restore.
+        rate = self.learning_rate(self.trainer.global_step)
         for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.trainer.global_step)
+            group["lr"] = rate
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.average is not None:  # here and not at the batch's end: accumulated batches are one update
             self.average.update(self.network)

@@ -22,7 +22,6 @@ class ProgressLine(Callback):
         self._task: TaskID | None = None
         self._first_step = 0
         self._started = self._printed = 0.0
-        self._validated = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
