@@ -20,19 +20,18 @@ class ProgressLine(Callback):
         self._console = Console()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._first_step = 0
+        self._first_step = self._total = 0
         self._started = self._printed = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
+        self._total = int(pl_module.hparams["total_steps"])  # the plan's; Lightning's estimate breaks restoring
         self._started = self._printed = time.monotonic()
         if trainer.is_global_zero and self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=16), console=self._console, transient=True
             )
-            self._task = self._bar.add_task(
-                self._text(trainer), total=_total_steps(trainer), completed=trainer.global_step
-            )
+            self._task = self._bar.add_task(self._text(trainer), total=self._total, completed=trainer.global_step)
             self._bar.start()
 
     def on_train_batch_end(
@@ -59,7 +58,7 @@ class ProgressLine(Callback):
                 for name, value in self.run_log.latest.items()
                 if name.startswith("val_") and name != "val_images"
             ]
-            where = f"step {trainer.global_step}/{_total_steps(trainer)}"
+            where = f"step {trainer.global_step}/{self._total}"
             self._console.print(f"{where}  {'  '.join(results)}", highlight=False, soft_wrap=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -84,7 +83,7 @@ class ProgressLine(Callback):
             self._console.print(text, highlight=False, soft_wrap=True)
 
     def _text(self, trainer: Trainer) -> str:
-        latest, total = self.run_log.latest, _total_steps(trainer)
+        latest, total = self.run_log.latest, self._total
         parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", f"step {trainer.global_step}/{total}"]
         if "train_loss" in latest:
             parts.append(f"loss {latest['train_loss']:.3f}")
@@ -96,13 +95,6 @@ class ProgressLine(Callback):
             seconds = (time.monotonic() - self._started) / done * (total - trainer.global_step)
             parts.append(f"{_clock(seconds)} left")
         return "  ".join(parts)
-
-
-def _total_steps(trainer: Trainer) -> int:
-    """Optimiser steps of the run; Lightning's own estimate breaks restoring a checkpoint."""
-    assert trainer.max_epochs is not None
-    steps = trainer.max_epochs * int(trainer.num_training_batches) // trainer.accumulate_grad_batches
-    return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
 
 
 def _clock(seconds: float) -> str:
