@@ -11,6 +11,7 @@ COMMANDS = {"fit", "spectrum", "bench", "evaluate", "predict", "export", "ablate
 MAY_IMPORT = {
     "nets": set(),
     "optim": set(),
+    "kernels": {"nets"},
     "metrics": set(),
     "data": set(),
     "recipe": set(),
@@ -19,7 +20,7 @@ MAY_IMPORT = {
     "weights": {"nets", "optim", "module"},
     "run": {"recipe", "module", "data", "weights"},
     "ablation": {"recipe", "run"},
-    "build": {"recipe", "module", "nets", "data", "weights", "run"},
+    "build": {"recipe", "module", "nets", "kernels", "data", "weights", "run"},
     "training": {"recipe", "commands", "module", "data", "weights", "run", "build"},
 }
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name not in ("__init__.py", "__main__.py")]

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import loggers
 from lightning.pytorch.loggers import Logger
 
-from xception_pl.build import build_data, build_loggers, build_module, build_trainer, find_devices
+from xception_pl.build import build_data, build_loggers, build_module, build_trainer, choose_kernels, find_devices
 from xception_pl.data import source, stream
 from xception_pl.data.augment import DeviceAugment
 from xception_pl.data.config import SAMPLE, local_path
@@ -30,6 +30,7 @@ data: {source: sample, val_split: test, image_size: 71, global_batch: 8, eval_ba
 def of_network(recipe: Recipe) -> Any:
     """Shapes, layout, one training step's output and statistics, what is saved for the backward pass."""
     module = build_module(recipe, images_per_epoch=64, total_steps=10)
+    kernels = choose_kernels(recipe, module.network, find_devices(recipe.trainer)[0])
     module.on_fit_start()
     compiled = module.network._compiled_call_impl is not None
     module.network._compiled_call_impl = None  # compiling itself takes too long here: test_fit does it
@@ -44,7 +45,7 @@ def of_network(recipe: Recipe) -> Any:
     }
     with torch.no_grad():
         features = module.network.forward_features(images).shape
-    return logits.double().sum().item(), sum(saved), layouts, state, compiled, features
+    return logits.double().sum().item(), sum(saved), layouts, state, compiled, kernels, features
 
 
 def of_optimiser(recipe: Recipe) -> Any:
@@ -225,6 +226,7 @@ CHANGES: dict[str, tuple[str, dict[str, str]]] = {
     "model.bn_momentum": ("0.5", {}),
     "model.channels_last": ("false", {}),
     "model.compile": ("true", {}),
+    "model.kernels": ("fused", {}),
     "optim.name": ("rmsprop", {}),
     "optim.lr": ("0.1", {}),
     "optim.momentum": ("0.8", {}),
@@ -300,7 +302,7 @@ CHANGES: dict[str, tuple[str, dict[str, str]]] = {
     "run.wandb": ("project", {}),
 }
 FAULTS = ("data.cache_dir", "data.cache_gb", "data.retry_seconds", "data.max_corrupt", "data.val_corrupt")
-REFUSED = ("data.decode",)  # a GPU
+REFUSED = ("data.decode", "model.kernels")  # a GPU
 """Keys whose effect here is a refusal: what they ask for needs another machine. Of the others none may be refused."""
 OBSERVERS: dict[str, Callable[..., Any]] = {
     "data.revision": of_hub,

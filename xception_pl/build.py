@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from torch import nn
 
 from xception_pl.data.datamodule import ImageNetDataModule
+from xception_pl.kernels.choose import use_kernels
 from xception_pl.module import XceptionModule
 from xception_pl.nets.create import create_network
 from xception_pl.recipe import Recipe, RecipeError, flat, to_plain
@@ -54,6 +56,23 @@ def build_module(
         class_weights=class_weights,
         preprocessing={"image_size": recipe.data.image_size, "eval_crop": recipe.data.eval_crop},
     )
+
+
+def choose_kernels(recipe: Recipe, network: nn.Module, accelerator: Literal["cpu", "gpu"]) -> str:
+    """Switches the network to the kernels that `model.kernels` means here; returns which and why, as the plan says it.
+
+    Raises:
+        RecipeError: `fused` is asked for, and not possible.
+    """
+    kernels = recipe.model.kernels
+    if kernels == "auto" and recipe.model.compile:
+        return "torch: model.compile compiles the plain layers"
+    if kernels == "auto" and recipe.trainer.precision == "64-true":
+        return "torch: fused kernels have no float64"
+    try:
+        return use_kernels(network, kernels, torch.device("cuda" if accelerator == "gpu" else "cpu"))
+    except ValueError as error:
+        raise RecipeError([str(error)]) from error
 
 
 def check_network(recipe: Recipe) -> list[str]:
@@ -172,7 +191,7 @@ def load_for_resume(path: Path, recipe: Recipe) -> list[str]:
         averaged = bool(stored["optim"]["ema_decay"])
     except Exception as error:
         raise RecipeError([f"--resume: {path} is not a checkpoint of a run: {str(error).splitlines()[0]}"]) from error
-    fatal = [f"{name} {how}" for name, how in changed.items() if name.startswith(_FIXED)]
+    fatal = [f"{name} {how}" for name, how in changed.items() if name.startswith(_FIXED) and name not in _FREE]
     if averaged != bool(recipe.optim.ema_decay):
         fatal.append(f"optim.ema_decay {changed['optim.ema_decay']}, and averaging cannot be switched on or off")
     if fatal:
@@ -182,6 +201,8 @@ def load_for_resume(path: Path, recipe: Recipe) -> list[str]:
 
 _FIXED = ("seed", "model.", "data.global_batch", "data.source", "optim.name", "optim.l2_on", "optim.loss")
 """Keys without which a checkpoint's weights, optimiser state or position mean something else."""
+_FREE = ("model.kernels",)
+"""Keys among them that say how to compute the same: another machine may have another answer."""
 
 
 def _differences(stored: dict[str, Any], recipe: Recipe) -> dict[str, str]:

@@ -140,6 +140,14 @@ def check(recipe: Recipe, skip: Collection[str] = ()) -> list[str]:
     }
     found["seed"] = [] if 0 <= recipe.seed < 2**63 else [f"seed must be 0 or more and below 2**63, not {recipe.seed}."]
     problems = [problem for section, sentences in found.items() if section not in skip for problem in sentences]
+    if (
+        recipe.model.kernels == "fused"
+        and recipe.trainer.precision == "64-true"
+        and not {"model", "trainer"} & set(skip)
+    ):
+        problems.append(
+            "model.kernels fused does not go with trainer.precision 64-true: fused kernels have no float64."
+        )
     if recipe.data.class_weights is not None and recipe.optim.loss != "sigmoid" and not {"data", "optim"} & set(skip):
         problems.append(
             f"data.class_weights weighs the classes of label lists, and optim.loss {recipe.optim.loss} has one label an "

@@ -6,7 +6,15 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
-from xception_pl.build import build_data, build_module, build_trainer, check_network, find_devices, load_for_resume
+from xception_pl.build import (
+    build_data,
+    build_module,
+    build_trainer,
+    check_network,
+    choose_kernels,
+    find_devices,
+    load_for_resume,
+)
 from xception_pl.commands import FAILED, Arguments
 from xception_pl.data import native
 from xception_pl.data.config import idle_augment
@@ -31,6 +39,7 @@ class Prepared:
     folder: Path
     accelerator: str
     devices: int
+    kernels: str
     checkpoint: Path | None = None
     changed: list[str] = field(default_factory=list)
 
@@ -48,6 +57,7 @@ class Prepared:
             learning_rate=self.module.learning_rate,
             folder=f"{self.folder}/",
         )
+        lines.append(f"kernels   {self.kernels}")
         if not self.plan.unchecked and self.data.commit is not None:
             lines.append(f"revision  commit {self.data.commit}")
         lines += [f"warning   {sentence}" for sentence in idle_augment(self.plan.recipe.data)]
@@ -109,6 +119,7 @@ def prepare(recipe: Recipe, *, resume: str | None = None, dry_run: bool = False)
         folder=folder or planned_folder(recipe),
         accelerator=accelerator,
         devices=devices,
+        kernels=choose_kernels(recipe, module.network, accelerator),
         checkpoint=checkpoint,
         changed=[] if checkpoint is None else load_for_resume(checkpoint, recipe),
     )

@@ -40,6 +40,8 @@ class ModelConfig:
     """NHWC memory layout of weights and activations."""
     compile: bool = False
     """Run the network through torch.compile."""
+    kernels: Literal["auto", "torch", "fused"] = "auto"
+    """How training computes the network: `torch` plainly, `fused` by kernels of our own, `auto` by the faster (xception only)."""
 
 
 def check(config: ModelConfig) -> list[str]:
@@ -57,6 +59,17 @@ def check(config: ModelConfig) -> list[str]:
         problems.append(f"model.width must be above 0, not {config.width}.")
     if config.segments is not None and config.segments < 1:
         problems.append(f"model.segments must be at least 1, or null for one a channel, not {config.segments}.")
+    if config.kernels == "fused":
+        others = {
+            "name": ("xception", "other networks have no fused kernels"),
+            "compile": (False, "torch.compile cannot see into the fused kernels"),
+            "grad_checkpointing": (False, "the fused kernels recompute what pays already"),
+        }
+        for name, (needed, reason) in others.items():
+            value = getattr(config, name)
+            if value != needed:
+                plain = str(value).lower() if isinstance(value, bool) else value
+                problems.append(f"model.kernels fused does not go with model.{name} {plain}: {reason}.")
     problems += [
         f"model.fc_units must hold sizes of at least 1, not {units}." for units in config.fc_units if units < 1
     ]
