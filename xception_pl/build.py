@@ -16,7 +16,7 @@ from xception_pl.kernels.choose import use_kernels
 from xception_pl.module import XceptionModule
 from xception_pl.nets.create import create_network
 from xception_pl.recipe import Recipe, RecipeError, flat, to_plain
-from xception_pl.run.checkpoints import AtomicCheckpointIO, Checkpoints
+from xception_pl.run.checkpoints import Checkpoints, DurableCheckpointIO
 from xception_pl.run.config import TrainerConfig
 from xception_pl.run.interrupt import SignalFlag
 from xception_pl.run.log import RunLog
@@ -143,7 +143,7 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[DurableCheckpointIO()],
         logger=build_loggers(recipe, folder),
         default_root_dir=folder,
     )

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from xception_pl.ablation.file import Ablation
 from xception_pl.ablation.runs import State
 from xception_pl.ablation.statistics import Row
+from xception_pl.durable import durable_write
 from xception_pl.run.metrics_csv import read_metrics
 
 METRIC_NAMES = {"val_top1": "top-1", "val_map100": "MAP@100"}
@@ -57,9 +58,8 @@ def draw_ablation(ablation: Ablation, states: Sequence[State], rows: Sequence[Ro
     for axes in (training, heldout, final):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    partial = picture.with_name(picture.name + ".partial")
-    figure.savefig(partial, dpi=110, format="png")
-    partial.replace(picture)
+    with durable_write(picture) as file:
+        figure.savefig(file, dpi=110, format="png")
 
 
 def _color(index: int, variants: int) -> tuple[float, float, float, float]:

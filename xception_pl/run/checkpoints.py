@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +11,32 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from xception_pl.durable import durable_write
 from xception_pl.module import XceptionModule
 from xception_pl.recipe import Recipe, to_plain
 from xception_pl.run.interrupt import Interrupted, SignalFlag
 from xception_pl.weights.safetensors import save_weights
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, flushes to disk, then renames: the target is always a whole checkpoint."""
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints so that the target is always a whole one that was read back."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with open(partial, "wb") as file:
+        with durable_write(Path(path), check=check_checkpoint) as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+
+
+def check_checkpoint(path: Path) -> None:
+    """Reads a checkpoint back: its structure as a resume would, and every byte against its checksum.
+
+    Raises:
+        Exception: whatever is wrong with it.
+    """
+    torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise ValueError(f"checksum of {broken}")
 
 
 class Checkpoints(Checkpoint):
@@ -95,13 +104,14 @@ class Checkpoints(Checkpoint):
         raise Interrupted(str(self.last), self.signals.received or "SIGTERM")
 
     def _copy_to_best(self) -> None:
-        best, partial = self.folder / "best.ckpt", self.folder / "best.ckpt.partial"
-        partial.unlink(missing_ok=True)
+        best, link = self.folder / "best.ckpt", self.folder / "best.ckpt.link"
         try:
-            os.link(self.last, partial)  # free: the next save renames over last.ckpt and leaves this file alone
-        except OSError:
-            shutil.copy2(self.last, partial)
-        os.replace(partial, best)
+            link.unlink(missing_ok=True)
+            os.link(self.last, link)  # free: the next save renames over last.ckpt and leaves this file alone
+            os.replace(link, best)
+        except OSError:  # a file system without links
+            with durable_write(best, check=check_checkpoint) as file, open(self.last, "rb") as last:
+                shutil.copyfileobj(last, file)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = self.recipe

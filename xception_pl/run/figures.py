@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from xception_pl.durable import durable_write
 from xception_pl.run.metrics_csv import read_metrics
 
 _PANELS = {
@@ -31,9 +32,8 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> bool:
     figure.suptitle(title)
     for axes, (name, series) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
         _panel(axes, name, series, rows)
-    partial = picture.with_name(picture.name + ".partial")
-    figure.savefig(partial, dpi=110, format="png")
-    partial.replace(picture)
+    with durable_write(picture) as file:
+        figure.savefig(file, dpi=110, format="png")
     return True
 
 

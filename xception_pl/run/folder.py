@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from xception_pl.durable import write_text
 from xception_pl.recipe import Recipe, RecipeError
 
 _SHARED = "XCEPTION_PL_RUN_FOLDER"
@@ -61,17 +62,14 @@ def folder_of(checkpoint: Path) -> Path | None:
 
 def write_description(folder: Path, recipe: Recipe) -> None:
     """Writes the resolved recipe and the environment."""
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").unlink(missing_ok=True)  # a finished run that goes on is unfinished again
-    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
+    write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
 
 
 def write_results(folder: Path, results: dict[str, float]) -> None:
     """Writes `results.json`, the mark of a run that has finished: last step, parameters and the newest of each metric."""
-    partial = folder / "results.json.partial"
-    partial.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / "results.json")
+    write_text(folder / "results.json", json.dumps(results, indent=2) + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """`metrics.csv`: one row a logged step, appended as it happens, continued by a resumed run."""
 
 import csv
+import io
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from xception_pl.durable import write_text
 
 
 class MetricsCsv(Logger):
@@ -47,12 +50,11 @@ class MetricsCsv(Logger):
             self._rewrite([row for row in rows if row["step"] <= step])
 
     def _rewrite(self, rows: list[dict[str, float]]) -> None:
-        partial = self.path.with_name(self.path.name + ".partial")
-        with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows({name: _exact(value) for name, value in row.items()} for row in rows)
-        partial.replace(self.path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns)
+        writer.writeheader()
+        writer.writerows({name: _exact(value) for name, value in row.items()} for row in rows)
+        write_text(self.path, text.getvalue())
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
