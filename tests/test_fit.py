@@ -201,6 +201,30 @@ def test_a_signal_to_every_process_saves_and_stops(number: signal.Signals, code:
     assert (only_run() / "curves.png").exists()
 
 
+def test_auto_starts_a_run_and_goes_on_with_it_by_the_same_command(
+    run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a job does that a scheduler starts again and again."""
+    again = ("tiny.yaml", "--into", "runs/tiny/job", "--resume=auto")
+    assert run(*again, signals_at=(3,)) == 130
+    assert run(*again, signals_at=(8,)) == 130
+    assert run(*again) == 0
+    assert only_run() == Path("runs/tiny/job")
+    assert state(only_run())["global_step"] == 12
+    with pytest.raises(SystemExit):
+        run("tiny.yaml", "--into=runs/tiny/job")
+    assert "holds a run already; add --resume auto" in capsys.readouterr().err
+
+
+def test_auto_without_a_folder_goes_on_with_the_newest_unfinished_run(run: Any) -> None:
+    assert run("tiny.yaml", "--resume=auto", signals_at=(3,)) == 130
+    first = only_run()
+    assert run("tiny.yaml", "--resume=auto") == 0
+    assert only_run() == first
+    assert run("tiny.yaml", "--resume=auto", signals_at=(1,)) == 130
+    assert len(list(Path("runs/tiny").iterdir())) == 2
+
+
 def test_resuming_with_another_network_is_refused(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("tiny.yaml", signals_at=(2,)) == 130
     with pytest.raises(SystemExit) as ended:

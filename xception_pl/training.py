@@ -23,10 +23,18 @@ from xception_pl.data.errors import DataError, SourceUnreachable
 from xception_pl.module import XceptionModule
 from xception_pl.recipe import Recipe, RecipeError, check_batch
 from xception_pl.run.figures import draw_curves
-from xception_pl.run.folder import find_checkpoint, folder_of, planned_folder, write_description, write_results
+from xception_pl.run.folder import (
+    find_checkpoint,
+    folder_of,
+    given_folder,
+    planned_folder,
+    write_description,
+    write_results,
+)
 from xception_pl.run.interrupt import Interrupted, SignalFlag
 from xception_pl.run.log import RunLog
 from xception_pl.run.plan import Plan
+from xception_pl.run.requeue import requeue
 
 
 @dataclass(kw_only=True)
@@ -68,15 +76,17 @@ class Prepared:
         return lines + [f"changed   {line}" for line in self.changed]
 
 
-def prepare(recipe: Recipe, *, resume: str | None = None, dry_run: bool = False) -> Prepared:
+def prepare(recipe: Recipe, *, resume: str | None = None, into: str | None = None, dry_run: bool = False) -> Prepared:
     """Asks the machine and the source, and builds what trains.
 
     Raises:
         RecipeError, ValueError: with a sentence for each thing that makes the run impossible. A dry run only notes the
             devices that are missing here and a source that cannot be reached.
     """
-    checkpoint = None if resume is None else find_checkpoint(resume, recipe)
-    folder = None if checkpoint is None else folder_of(checkpoint)
+    folder = None if into is None else given_folder(into, resume)
+    checkpoint = None if resume is None else find_checkpoint(resume, recipe, into=folder)
+    if folder is None and checkpoint is not None:
+        folder = folder_of(checkpoint)
     accelerator, devices, missing = find_devices(recipe.trainer)
     problems = check_batch(recipe, devices) + check_network(recipe) + ([] if dry_run else missing)
     if problems:
@@ -134,15 +144,13 @@ def train(prepared: Prepared, signals: SignalFlag, *, command: Arguments) -> int
     if trainer.is_global_zero:
         print("\n".join(prepared.lines()), flush=True)
         write_description(folder, recipe)
-    code = 0
+    code, stopped_by = 0, None
     try:
         _fit_and_evaluate(prepared, trainer, log)
     except Interrupted as stop:
-        code = stop.exit_code
+        code, stopped_by = stop.exit_code, stop.signal_name
         if trainer.is_global_zero:
-            resume = command.with_option("resume", stop.checkpoint)
-            print(f"\n{stop.signal_name}: stopped after step {trainer.global_step} and saved {stop.checkpoint}")
-            print(f"resume with: {resume.line('fit')}", flush=True)
+            print("\n".join(_stopped(stop, trainer.global_step, command)), flush=True)
     except DataError as error:
         code = FAILED
         print(f"error: {error}", file=sys.stderr)
@@ -151,6 +159,8 @@ def train(prepared: Prepared, signals: SignalFlag, *, command: Arguments) -> int
         if code == 0:
             write_results(folder, {"steps": trainer.global_step, "parameters": prepared.parameters, **log.latest})
             print("\n".join(_results(prepared, log)), flush=True)
+        if stopped_by == "SIGUSR1" and (requeued := requeue()) is not None:  # last: it ends this process
+            print(requeued, flush=True)
     return code
 
 
@@ -158,6 +168,23 @@ def _fit_and_evaluate(prepared: Prepared, trainer: Trainer, log: RunLog) -> None
     trainer.fit(prepared.module, datamodule=prepared.data, ckpt_path=prepared.checkpoint, weights_only=True)
     if log.validated_step != trainer.global_step:  # the last epoch was not one of those that are validated
         trainer.validate(prepared.module, datamodule=prepared.data, verbose=False)
+
+
+def _stopped(stop: Interrupted, step: int, command: Arguments) -> list[str]:
+    """What a run that a signal ended says last; under SLURM it is requeued where the signal meant preemption.
+
+    SIGTERM is not: SLURM sends it for scancel too, and requeues by itself where it preempts.
+    """
+    seconds = f", {stop.seconds:.1f} s after the signal" if stop.seconds is not None else ""
+    if stop.lost is not None:
+        lines = [f"error: {stop.signal_name}: stopped after step {step}, which is lost: {stop.lost}"]
+    elif stop.checkpoint is None:
+        return [f"\n{stop.signal_name}: stopped before the first step; there is nothing to save."]
+    else:
+        lines = [f"\n{stop.signal_name}: stopped after step {step} and saved {stop.checkpoint}{seconds}"]
+    if stop.checkpoint is not None:
+        lines.append(f"resume with: {command.with_option('resume', str(stop.checkpoint)).line('fit')}")
+    return lines
 
 
 def _results(prepared: Prepared, log: RunLog) -> list[str]:

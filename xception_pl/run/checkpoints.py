@@ -101,7 +101,7 @@ class Checkpoints(Checkpoint):
     def _save_and_stop(self, trainer: Trainer) -> None:
         if self._saved_step != trainer.global_step:
             self._save(trainer)
-        raise Interrupted(str(self.last), self.signals.received or "SIGTERM")
+        raise Interrupted(self.signals.received or "SIGTERM", self.last)
 
     def _copy_to_best(self) -> None:
         best, link = self.folder / "best.ckpt", self.folder / "best.ckpt.link"

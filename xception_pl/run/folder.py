@@ -31,16 +31,25 @@ def planned_folder(recipe: Recipe) -> Path:
     return folder
 
 
-def find_checkpoint(resume: str, recipe: Recipe) -> Path:
-    """The file that `--resume` names: `last`, a checkpoint, or a run folder.
+def find_checkpoint(resume: str, recipe: Recipe, *, into: Path | None = None) -> Path | None:
+    """The file that `--resume` names: `last`, `auto`, a checkpoint, or a run folder.
+
+    `last` is the newest run of the recipe. `auto` is for jobs that are started again, the first time and each next time
+    with the same command: the checkpoint in `into`, or, where no folder is given, of the newest run of the recipe
+    unless that has finished; None where there is none and the run is to start.
 
     Raises:
         RecipeError: where there is none.
     """
     assert recipe.run.name is not None
-    if resume == "last":
-        parent = Path(recipe.run.folder) / recipe.run.name
+    parent = Path(recipe.run.folder) / recipe.run.name
+    if resume == "auto" and into is not None:
+        path = into / "checkpoints" / "last.ckpt"
+        return path if path.is_file() else None
+    if resume in ("last", "auto"):
         found = sorted(parent.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+        if resume == "auto":
+            return found[-1] if found and not (found[-1].parents[1] / "results.json").is_file() else None
         if not found:
             raise RecipeError(
                 [f"--resume last: no run under {parent} has a checkpoint yet; start one without --resume."]
@@ -50,8 +59,20 @@ def find_checkpoint(resume: str, recipe: Recipe) -> Path:
     if path.is_dir():
         path = path / "checkpoints" / "last.ckpt"
     if not path.is_file():
-        raise RecipeError([f"--resume: there is no checkpoint {path}; give a .ckpt file, a run folder, or last."])
+        raise RecipeError([f"--resume: there is no checkpoint {path}; give a .ckpt file, a run folder, last or auto."])
     return path
+
+
+def given_folder(into: str, resume: str | None) -> Path:
+    """The folder that `--into` names.
+
+    Raises:
+        RecipeError: it holds a run, and nothing says that this one goes on with it.
+    """
+    folder = Path(into)
+    if resume is None and (folder / "checkpoints").is_dir():
+        raise RecipeError([f"--into {into} holds a run already; add --resume auto to go on with it, or give another."])
+    return folder
 
 
 def folder_of(checkpoint: Path) -> Path | None:
