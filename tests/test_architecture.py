@@ -20,6 +20,8 @@ MAY_IMPORT = {
     "commands": {"recipe"},
     "module": {"nets", "optim", "metrics"},
     "weights": {"nets", "optim", "module"},
+    "prediction": {"data"},
+    "evaluation": {"data", "prediction"},
     "run": {"recipe", "module", "data", "weights"},
     "ablation": {"recipe", "run"},
     "build": {"recipe", "module", "nets", "kernels", "data", "weights", "run"},

@@ -72,8 +72,8 @@ def train_image(data: bytes, config: DataConfig, rng: np.random.Generator, chann
     return image.crop(config.image_size, train_crop(config, rng, image.height, image.width))
 
 
-def eval_image(data: bytes, config: DataConfig, channels: int = 3) -> Pixels:
-    """Evaluation crop of `data`, (S, S, channels) with S = `config.image_size`, by `config.eval_crop`.
+def eval_image(data: bytes | Image.Image, config: DataConfig, channels: int = 3) -> Pixels:
+    """Evaluation crop of `data`, bytes or an opened image, (S, S, channels) with S = `config.image_size`, by `config.eval_crop`.
 
     - `tf-slim`: central 87.5 % of each dimension, bilinear, aspect ignored.
     - `keras`: the whole image, nearest neighbour, aspect ignored: `keras.utils.load_img(path, target_size=(S, S))` with
@@ -97,11 +97,11 @@ def eval_image(data: bytes, config: DataConfig, channels: int = 3) -> Pixels:
 class _Source:
     """An image whose size is known and whose pixels are decoded when it is known which are needed."""
 
-    def __init__(self, data: bytes, channels: int) -> None:
+    def __init__(self, data: bytes | Image.Image, channels: int) -> None:
         if channels not in (1, 3):
             raise ValueError(f"images have 1 or 3 channels, not {channels}: set model.in_chans to 1 or 3")
         self.data, self.channels = data, channels
-        size = plain_jpeg_size(data) if channels == 3 else None
+        size = plain_jpeg_size(data) if channels == 3 and isinstance(data, bytes) else None
         self._decoded = None if size else open_image(data, channels)
         self.height, self.width = size or (self.pillow().height, self.pillow().width)
         if self.height * self.width > MAX_PIXELS:
@@ -115,7 +115,7 @@ class _Source:
     def crop(self, size: int, crop: Crop) -> Pixels:
         """The crop resized to (size, size, channels)."""
         box, bicubic, flip, context, scaled = crop
-        if self._decoded is None:
+        if self._decoded is None and isinstance(self.data, bytes):
             pixels = crop_jpeg(self.data, box, size, bicubic, flip, context, scaled)
             if pixels is not None:
                 return pixels
@@ -150,25 +150,29 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def open_image(data: bytes, channels: int) -> Image.Image:
+def open_image(data: bytes | Image.Image, channels: int) -> Image.Image:
     """The whole image as Pillow's RGB, or L for one channel.
 
     Raises:
         DecodeError: the bytes cannot be read.
     """
+    size = f"{len(data)} bytes" if isinstance(data, bytes) else f"{data.width} × {data.height} pixels"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings():  # all ignored, none made an error: filters are not a thread's own
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image: Any = Image.open(io.BytesIO(_without_profile(data)))
+            image: Any = Image.open(io.BytesIO(_without_profile(data))) if isinstance(data, bytes) else data
+            if image.width * image.height > MAX_PIXELS:
+                raise DecodeError(f"an image of {image.width} × {image.height} pixels is too large to be decoded")
             if image.mode.startswith("I"):  # 16-bit grayscale: `convert` would clip at 255
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
             converted: Image.Image = image.convert("RGB" if channels == 3 else "L")
+    except DecodeError:
+        raise
     except UnidentifiedImageError as error:
-        raise DecodeError(f"{len(data)} bytes cannot be read: they are no image of a known format") from error
+        raise DecodeError(f"{size} cannot be read: they are no image of a known format") from error
     except Exception as error:  # Pillow raises many kinds on damaged files: OSError, SyntaxError, struct.error, …
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DecodeError(f"an image of {len(data)} bytes cannot be read: {reason}") from error
+        raise DecodeError(f"an image of {size} cannot be read: {reason}") from error
     return converted
 
 

@@ -1,0 +1,1 @@
+"""How good weights are: exact scores over a held-out split, their statistics, and a report."""
