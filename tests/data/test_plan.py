@@ -114,6 +114,24 @@ def test_a_batch_costs_at_most_two_blocks_a_lane_however_late(step: int, monkeyp
     assert 0 < sum(shuffled) <= 2 * 16384
 
 
+def test_an_epoch_of_imagenet_begins_with_few_row_groups_and_goes_on_with_few_at_a_time() -> None:
+    """What a cold cache must fetch before the first step, and then while training goes on."""
+    plan = EpochPlan([100] * 12811 + [67], seed=0, epoch=0, global_batch=256)
+    assert plan.lanes == 64
+    before = plan.groups_needed(0, 0, 1)[1]
+    new = np.bincount(before, minlength=plan.steps)
+    assert new[0] <= plan.lanes + 8
+    assert new[1:200].max() <= 24
+    assert new[:200].sum() <= 900  # the window is 655 row groups; 200 steps read 512 new ones' images at least
+    assert new[1000:4000].mean() == pytest.approx(2.56, rel=0.05)
+
+
+def test_a_small_set_in_few_large_row_groups_begins_with_all_of_the_window() -> None:
+    """Sorted by class, one row group at a time would be one class at a time."""
+    plan = EpochPlan([1000] * 40, seed=0, epoch=0, global_batch=32, window=20_000)
+    assert len(np.unique(plan.batch(0) // 1000)) > 12
+
+
 @pytest.mark.parametrize("world", [2, 4, 8, 16, 20, 40, 80])
 def test_ranks_share_no_row_group_but_at_the_ends_of_lanes(world: int) -> None:
     plan = EpochPlan([100] * 12812, seed=0, epoch=0, global_batch=6400, window=16384)

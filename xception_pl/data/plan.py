@@ -9,6 +9,9 @@ two steps. The row groups are permuted and laid end to end; the images within a 
 To let ranks read different bytes, the global batch is cut into *lanes*: lane l fills positions [l·B/L, (l+1)·B/L)
 of every batch and owns the l-th part of the sequence. A rank's slice of the batch is a range of lanes, so
 ranks share no row group other than those at a lane's ends.
+
+A lane permutes block after block of its part. An epoch begins with blocks of one row group, or a few, that grow: the first
+batch then waits for some dozen row groups to be fetched instead of for the whole window.
 """
 
 from collections import OrderedDict
@@ -20,7 +23,9 @@ import numpy.typing as npt
 Ids = npt.NDArray[np.int64]
 
 _MAX_LANES = 128
+_LANE_BATCH = 4  # images that a lane gives to a batch at least: each lane costs the first batch a row group
 _GROUPS_A_LANE = 2  # row groups a lane mixes at any time: fewer, and neighbours in a shard would share batches
+_FIRST_GROUPS = 32  # row groups that an epoch's first batch mixes at least, over all lanes
 _EPOCH_KEY, _BLOCK_KEY = 0, 1  # separate random streams
 
 
@@ -60,11 +65,12 @@ class EpochPlan:
         self.block = max(1, min(self.lane_images, window // self.lanes))
 
         order = np.random.default_rng((seed, epoch, _EPOCH_KEY)).permutation(len(self.rows))
-        first_id = np.cumsum(self.rows) - self.rows
+        self._first_id = np.cumsum(self.rows) - self.rows
         self._group_order = order
-        self._group_first_id = first_id[order]
+        self._group_first_id = self._first_id[order]
         self._group_end = np.cumsum(self.rows[order])  # in the laid-out sequence
         self._blocks: OrderedDict[tuple[int, int], Ids] = OrderedDict()
+        self._edges: dict[int, Ids] = {}
 
     def batch(self, step: int) -> Ids:
         """Row ids of global batch `step`, shape (global_batch,); costs the same at any step."""
@@ -95,22 +101,15 @@ class EpochPlan:
         """
         size = self.global_batch // world
         first, last = rank * size // self.lane_batch, ((rank + ranks) * size - 1) // self.lane_batch
-        needs: list[tuple[int, int]] = []
-        for lane in range(first, last + 1):
-            offset = lane * self.lane_images
-            begin, _ = self._block_bounds(lane, self._block_of(lane, start_step * self.lane_batch))
-            lo = int(np.searchsorted(self._group_end, offset + begin, side="right"))
-            hi = int(np.searchsorted(self._group_end, offset + self.lane_images - 1, side="right"))
-            for at in range(lo, hi + 1):
-                group = int(self._group_order[at])
-                starts = max(begin, int(self._group_end[at] - self.rows[group]) - offset)
-                # a block is drawn from as a whole: its groups are needed from its first batch on
-                block_begin, _ = self._block_bounds(lane, self._block_of(lane, starts))
-                needs.append((block_begin // self.lane_batch, group))
-        steps: dict[int, int] = {}
-        for step, group in sorted(needs):
-            steps.setdefault(group, step)
-        return np.fromiter(steps, np.int64), np.fromiter(steps.values(), np.int64)
+        start = start_step * self.lane_batch
+        by_lane = [self._span(lane, start, self.lane_images) for lane in range(first, last + 1)]
+        ids = np.stack(by_lane).reshape(len(by_lane), -1, self.lane_batch).swapaxes(0, 1).ravel()
+        groups = np.searchsorted(self._first_id, ids, side="right") - 1
+        first_use = np.full(len(self.rows), -1)
+        first_use[groups[::-1]] = np.arange(len(groups))[::-1]  # of several writes the last stays: the first use
+        needed = np.flatnonzero(first_use >= 0)
+        needed = needed[np.argsort(first_use[needed])]
+        return needed, start_step + first_use[needed] // (len(by_lane) * self.lane_batch)
 
     def _lane_batch(self, lane: int, step: int) -> Ids:
         return self._span(lane, step * self.lane_batch, (step + 1) * self.lane_batch)
@@ -125,18 +124,33 @@ class EpochPlan:
             start = min(stop, end)
         return np.concatenate(parts)
 
-    # Lanes begin with shortened first blocks, each of another length, so that they do not all turn to new row groups at
-    # once.
+    def _ends(self, lane: int) -> Ids:
+        """Where the blocks of a lane end, in its own positions.
 
-    def _first_block(self, lane: int) -> int:
-        return max(1, self.block * (lane + 1) // self.lanes)
+        Full blocks begin at another place in each lane, so that they do not all turn to new row groups at once. Before
+        them lie growing ones, cut at the first row groups' ends.
+        """
+        if lane not in self._edges:
+            full = max(1, self.block * (lane + 1) // self.lanes)
+            growing: list[int] = []
+            if (self.lanes, self.block) != (1, self.lane_images):
+                mean, offset = self.images / len(self.rows), lane * self.lane_images
+                fewest = -(-_FIRST_GROUPS // self.lanes)
+                held = int(np.searchsorted(self._group_end, offset, side="right")) + fewest - 1
+                end, size = int(self._group_end[min(held, len(self.rows) - 1)]) - offset, fewest * mean
+                while end < full:
+                    growing.append(end)
+                    end, size = end + int(size), 2 * size
+            ends = np.concatenate([growing, np.arange(full, self.lane_images, self.block), [self.lane_images]])
+            self._edges[lane] = ends.astype(np.int64)
+        return self._edges[lane]
 
     def _block_of(self, lane: int, position: int) -> int:
-        return 0 if position < (first := self._first_block(lane)) else 1 + (position - first) // self.block
+        return int(np.searchsorted(self._ends(lane), position, side="right"))
 
     def _block_bounds(self, lane: int, block: int) -> tuple[int, int]:
-        end = min(self._first_block(lane) + block * self.block, self.lane_images)
-        return max(0, self._first_block(lane) + (block - 1) * self.block) if block else 0, end
+        ends = self._ends(lane)
+        return int(ends[block - 1]) if block else 0, int(ends[block])
 
     def _block_ids(self, lane: int, block: int) -> Ids:
         """The permuted row ids of a block, kept for the batches to come."""
@@ -163,7 +177,7 @@ def lanes(rows: Ids, global_batch: int, window: int) -> int:
     if window >= images:
         return 1
     mixed = window * groups // images  # row groups in the window
-    most = max(1, min(_MAX_LANES, mixed // _GROUPS_A_LANE, groups // (2 * _GROUPS_A_LANE)))
+    most = max(1, min(_MAX_LANES, global_batch // _LANE_BATCH, mixed // _GROUPS_A_LANE, groups // (2 * _GROUPS_A_LANE)))
     return max(n for n in range(1, most + 1) if global_batch % n == 0)
 
 
