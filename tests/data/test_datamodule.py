@@ -112,6 +112,20 @@ def test_an_epoch_shows_each_image_once_and_evaluation_counts_each_once(tmp_path
     assert tracer.evaluated == list(range(21)) * 2
 
 
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_batches_that_are_kept_stay_as_they_were(prefetch: int) -> None:
+    """Workers use their memory again: what they handed over must not change with it."""
+    config = {"image_size": 71, "flip": True}
+    plain = list(module(**config).train_dataloader()) + list(module(**config).val_dataloader())
+    data = module(workers=2, prefetch=prefetch, **config)
+    kept = list(data.train_dataloader()) + list(data.val_dataloader())
+    assert len(kept) == len(plain) == 16
+    for found, wanted in zip(kept, plain, strict=True):
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert found["image"].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_workers_and_accumulation_do_not_change_the_order(tmp_path: Path) -> None:
     plain = run(tmp_path, module(), max_epochs=2).seen
     assert run(tmp_path, module(workers=3), max_epochs=2).seen == plain

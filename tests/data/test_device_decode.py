@@ -12,13 +12,13 @@ from skimage import data as photographs
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from tests.data.tracing import Tracer, png, trainer
-from xception_pl.data.batches import Item
 from xception_pl.data.config import DataConfig
 from xception_pl.data.crops import Box
 from xception_pl.data.datamodule import ImageNetDataModule
 from xception_pl.data.decode import Crop
-from xception_pl.data.device_decode import crop_and_resize
+from xception_pl.data.device_decode import cannot_decode, crop_and_resize
 from xception_pl.data.errors import DataError
+from xception_pl.data.item import Item
 
 ROWS, BATCH = 24, 12
 PNGS, JUNK, REFUSED = (3, 10), 5, 7
@@ -55,7 +55,7 @@ def module(decode: str, **changes: object) -> ImageNetDataModule:
 @pytest.fixture
 def cpu_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageNetDataModule, "_device", torch.device("cpu"))
-    monkeypatch.setattr(ImageNetDataModule, "_check_device", lambda self: None)
+    monkeypatch.setattr("xception_pl.data.datamodule.check_device", lambda device, channels: None)
 
 
 @pytest.mark.parametrize("bicubic", [False, True])
@@ -111,6 +111,20 @@ def test_lightning_trains_with_it(tmp_path: Path, cpu_stands_in: None) -> None:
 def test_without_a_gpu_it_is_refused_in_one_sentence() -> None:
     with pytest.raises(DataError, match=r"^data.decode gpu needs a CUDA GPU .*: set data.decode to cpu\.$"):
         module("gpu").prepare()
+
+
+def test_a_torchvision_without_nvjpeg_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each image would go to the training process's CPU instead."""
+    from xception_pl.data.checks import check_device
+
+    def without(*arguments: object, **options: object) -> None:
+        raise RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support")
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", without)
+    with pytest.raises(DataError, match=r"not compiled with nvJPEG support\): set data.decode to cpu\.$"):
+        check_device(torch.device("cuda"), 3)
+    monkeypatch.undo()
+    assert cannot_decode(torch.device("cpu")) is None
 
 
 def test_grey_networks_are_refused_in_one_sentence() -> None:

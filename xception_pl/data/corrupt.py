@@ -3,8 +3,8 @@
 import csv
 from pathlib import Path
 
-from xception_pl.data.batches import Corrupt
 from xception_pl.data.errors import DataError
+from xception_pl.data.item import Corrupt
 from xception_pl.data.source import Split
 
 

@@ -1,28 +1,29 @@
 """`ImageNetDataModule`: any image classification source of `datasets`, planned exactly, streamed, cropped, batched."""
 
 import functools
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loops.loop import _Loop
 
 from xception_pl.data.agree import tell_others, told_by_others
 from xception_pl.data.ahead import FillAhead, NodeNeeds
 from xception_pl.data.augment import DeviceAugment
-from xception_pl.data.batches import Batch, EvalBatches, Format, Item, Position, TrainBatches
+from xception_pl.data.batches import EvalBatches, Format, TrainBatches
 from xception_pl.data.cache import GroupCache, cache_folder
+from xception_pl.data.checks import check_channels, check_device, check_names, check_split
 from xception_pl.data.class_weights import label_counts, read_class_weights
 from xception_pl.data.config import FREQUENCY, DataConfig
 from xception_pl.data.corrupt import CorruptImages
 from xception_pl.data.errors import DataError
+from xception_pl.data.item import Batch, Item, Position
 from xception_pl.data.loader import PlannedLoader
 from xception_pl.data.plan import per_device_batch
+from xception_pl.data.progress import recount, resumes_between_epochs, train_position
 from xception_pl.data.source import ParquetSplit, Split, open_split, table_split
 from xception_pl.data.stream import open_cache
 
@@ -73,7 +74,7 @@ class ImageNetDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.config = config or DataConfig()
-        _check_channels(in_chans, self.config)
+        check_channels(in_chans, self.config)
         self.seed, self.in_chans, self.num_classes = seed, in_chans, num_classes
         self.multi_label, self.accumulate = multi_label, accumulate
         self._given = {"train": train, "val": val}
@@ -94,11 +95,12 @@ class ImageNetDataModule(pl.LightningDataModule):
             DataError: one sentence on what is wrong with the source.
         """
         if train and self.config.decode == "gpu":
-            self._check_device()
+            check_device(self._device if self.trainer is not None or torch.cuda.is_available() else None, self.in_chans)
         for name, wanted in (("train", train), ("val", val)):
             if wanted and name not in self._splits:
                 self._splits[name] = self._open(name)
-        self._check_names()
+        if len(self._splits) == 2:
+            check_names(self._splits["train"], self._splits["val"])
 
     def setup(self, stage: str | None = None) -> None:
         """Rank 0 resolves the source and hands it to the others: all go on, or all stop with the same sentence."""
@@ -203,13 +205,13 @@ class ImageNetDataModule(pl.LightningDataModule):
             order["revision"] = self.commit
         return PlannedLoader(
             batches,
-            position=self._train_position,
+            position=lambda: train_position(self.trainer),
             workers=config.workers,
             prefetch=config.prefetch,
             order=order,
             accumulate=self.accumulate,
-            on_resume=self._count_in_own_batches,
-            new_epoch=self._resumes_between_epochs,
+            on_resume=lambda before: recount(self.trainer, before, self.accumulate),
+            new_epoch=lambda: resumes_between_epochs(self.trainer),
             endless=True,
             on_faults=self.faults.update,
             on_batch=self._fill_ahead(split, cache) if cache is not None and self._local_rank == 0 else None,
@@ -262,41 +264,6 @@ class ImageNetDataModule(pl.LightningDataModule):
     @property
     def _world(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
-
-    def _resumes_between_epochs(self) -> bool:
-        """Whether the checkpoint was saved when an epoch was done.
-
-        Where `max_steps` is set Lightning 2.6.6 takes such an epoch up again, finds no batch left in it, and counts it
-        a second time: the next one would be skipped. Without `max_steps` it starts the next epoch; so it does here.
-        """
-        if self.trainer is None:
-            return False
-        fit = self.trainer.fit_loop
-        progress: Any = fit.epoch_progress.current  # as in `_train_position`
-        if progress.processed != progress.ready:
-            return False
-        setter: Any = _Loop.restarting
-        setter.fset(fit, False)  # not the fit loop's own, which insists
-        return True
-
-    def _count_in_own_batches(self, accumulate: int) -> None:
-        """Translate the trainer's progress, counted in micro-batches, from `accumulate` a step to this run's number.
-
-        Lets a run that moves to fewer devices and accumulates more go on inside the epoch.
-        """
-        if accumulate == self.accumulate or self.trainer is None:
-            return
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress
-        progress: Any  # as in `_train_position`
-        for progress in (batches.total, batches.current):
-            behind = progress.ready - progress.completed  # 1 in a checkpoint saved at a batch's end
-            if progress is batches.current and progress.ready % accumulate:
-                raise DataError(
-                    f"The checkpoint lies between two of {accumulate} accumulated batches: resume with the same "
-                    "accumulation, or from a checkpoint saved at the end of a step."
-                )
-            progress.ready = progress.started = progress.processed = progress.ready // accumulate * self.accumulate
-            progress.completed = progress.ready - behind
 
     @property
     def _corrupt_file(self) -> Path | None:
@@ -364,18 +331,6 @@ class ImageNetDataModule(pl.LightningDataModule):
             kinds = ", ".join(f"{kind}: {count}" for kind, count in self.faults.most_common())
             _log.warning("%d reads failed and were tried again (%s).", self.faults.total(), kinds)
 
-    def _train_position(self) -> Position:
-        """The batch that the trainer is at; the start of epoch 0 without a trainer."""
-        if self.trainer is None:
-            return 0, 0
-        fit = self.trainer.fit_loop
-        progress: Any  # of a class whose type Lightning does not tell
-        for progress in (fit.epoch_progress.total, fit.epoch_progress.current):
-            # Lightning 2.6.6 does not count an epoch as begun when it follows a checkpoint of the last batch of the one
-            # before; a checkpoint saved inside it would then be taken for a finished epoch's, and start it again
-            progress.ready = progress.started = progress.processed + 1
-        return progress.processed, fit.batch_idx + 1
-
     def _split(self, name: str) -> Split:
         self.prepare(train=name == "train", val=name == "val")
         return self._splits[name]
@@ -395,71 +350,10 @@ class ImageNetDataModule(pl.LightningDataModule):
                 label_column=config.label_column,
                 keep=cache_folder(config.cache_dir) / "footers",
             )
-        self._check(split, f"data.{name}_images", config.train_images if name == "train" else config.val_images)
+        expected = config.train_images if name == "train" else config.val_images
+        check_split(split, f"data.{name}_images", expected, self.num_classes, self.multi_label)
         return split
-
-    def _check_device(self) -> None:
-        if self.in_chans != 3:
-            raise DataError(
-                f"data.decode gpu makes images of 3 channels, and model.in_chans is {self.in_chans}: "
-                "set data.decode to cpu."
-            )
-        cuda = torch.cuda.is_available() if self.trainer is None else self._device.type == "cuda"
-        if not cuda:
-            raise DataError("data.decode gpu needs a CUDA GPU to train on, and there is none: set data.decode to cpu.")
-
-    def _check(self, split: Split, key: str, expected: int | None) -> None:
-        if expected is not None and expected != split.images:
-            raise DataError(
-                f"{key} is {expected}, but {split.where} has {split.images} images: correct the key or the source."
-            )
-        if not split.images:
-            raise DataError(f"There are no images in {split.where}.")
-        if split.labels.multi and not self.multi_label:
-            raise DataError(
-                f"Column {split.label_column!r} of {split.where} holds label lists, but the loss takes one label "
-                "an image: use a multi-label loss (optim.loss: sigmoid), or another column."
-            )
-        if self.multi_label and not split.labels.multi:
-            raise DataError(
-                f"Column {split.label_column!r} of {split.where} holds one label an image, but the loss takes "
-                "label lists: use a single-label loss, or another column."
-            )
-        names = split.labels.names
-        if names is not None and self.num_classes is not None and len(names) > self.num_classes:
-            raise DataError(
-                f"There are {len(names)} classes in {split.where}, but the network has {self.num_classes}: "
-                "set the number of classes to the source's."
-            )
-
-    def _check_names(self) -> None:
-        """The number of a label must mean the same class in both splits."""
-        if len(self._splits) < 2:
-            return
-        train, val = self._splits["train"], self._splits["val"]
-        if train.labels.names is None or val.labels.names is None:
-            return
-        for i, (one, other) in enumerate(itertools.zip_longest(train.labels.names, val.labels.names)):
-            if one != other:
-                raise DataError(
-                    f"Class {i} is {_quoted(one)} in {train.where} and {_quoted(other)} in {val.where}: "
-                    "give both splits the same classes in the same order."
-                )
 
     def _format(self) -> Format:
         classes = self.num_classes if self.num_classes is not None else len(self.class_names)
         return Format(channels=self.in_chans, classes=classes, multi_label=self.multi_label)
-
-
-def _quoted(name: str | None) -> str:
-    return "missing" if name is None else repr(name)
-
-
-def _check_channels(channels: int, config: DataConfig) -> None:
-    if channels not in (1, 3):
-        raise ValueError(f"model.in_chans is {channels}, but images have 1 or 3 channels: set it to 1 or 3.")
-    if channels == 1 and (config.color != "none" or config.randaugment):
-        raise ValueError(
-            f"model.in_chans is 1, but data.color {config.color} with data.randaugment {config.randaugment} needs "
-            "3 channels: set data.color to none and data.randaugment to 0, or model.in_chans to 3."
-        )

@@ -62,18 +62,23 @@ def train_crop(config: DataConfig, rng: np.random.Generator, height: int, width:
     return Crop(box, config.train_crop == "timm", flip=flip, scaled=True)
 
 
-def train_image(data: bytes, config: DataConfig, rng: np.random.Generator, channels: int = 3) -> Pixels:
-    """`train_crop` of `data`, resized to (S, S, channels) with S = `config.image_size`.
+def train_image(
+    data: bytes, config: DataConfig, rng: np.random.Generator, channels: int = 3, out: Pixels | None = None
+) -> Pixels:
+    """`train_crop` of `data`, resized to (S, S, channels) with S = `config.image_size`; into `out`, if given.
+
+    `out` has room as `native.crop_jpeg` wants it.
 
     Raises:
         DecodeError: the bytes cannot be read.
     """
     image = _Source(data, channels)
-    return image.crop(config.image_size, train_crop(config, rng, image.height, image.width))
+    return image.crop(config.image_size, train_crop(config, rng, image.height, image.width), out)
 
 
-def eval_image(data: bytes | Image.Image, config: DataConfig, channels: int = 3) -> Pixels:
-    """Evaluation crop of `data`, bytes or an opened image, (S, S, channels) with S = `config.image_size`, by `config.eval_crop`.
+def eval_image(data: bytes | Image.Image, config: DataConfig, channels: int = 3, out: Pixels | None = None) -> Pixels:
+    """Evaluation crop of `data`, bytes or an opened image, (S, S, channels) with S = `config.image_size`, by
+    `config.eval_crop`; into `out`, if given.
 
     - `tf-slim`: central 87.5 % of each dimension, bilinear, aspect ignored.
     - `keras`: the whole image, nearest neighbour, aspect ignored: `keras.utils.load_img(path, target_size=(S, S))` with
@@ -86,12 +91,12 @@ def eval_image(data: bytes | Image.Image, config: DataConfig, channels: int = 3)
     """
     image, size = _Source(data, channels), config.image_size
     if config.eval_crop == "tf-slim":
-        return image.crop(size, Crop(central_box(image.height, image.width), bicubic=False))
+        return image.crop(size, Crop(central_box(image.height, image.width), bicubic=False), out)
     if config.eval_crop == "timm":
-        return image.crop(size, Crop(timm_eval_box(image.height, image.width, size), bicubic=True, context=True))
+        return image.crop(size, Crop(timm_eval_box(image.height, image.width, size), bicubic=True, context=True), out)
     if config.eval_crop == "keras":
-        return _pixels(image.pillow().resize((size, size), Image.Resampling.NEAREST))
-    return image.crop(size, Crop(whole_box(image.height, image.width), bicubic=False))
+        return _pixels(image.pillow().resize((size, size), Image.Resampling.NEAREST), False, out)
+    return image.crop(size, Crop(whole_box(image.height, image.width), bicubic=False), out)
 
 
 class _Source:
@@ -112,11 +117,11 @@ class _Source:
             self._decoded = open_image(self.data, self.channels)
         return self._decoded
 
-    def crop(self, size: int, crop: Crop) -> Pixels:
+    def crop(self, size: int, crop: Crop, out: Pixels | None = None) -> Pixels:
         """The crop resized to (size, size, channels)."""
         box, bicubic, flip, context, scaled = crop
         if self._decoded is None and isinstance(self.data, bytes):
-            pixels = crop_jpeg(self.data, box, size, bicubic, flip, context, scaled)
+            pixels = crop_jpeg(self.data, box, size, bicubic, flip, context, scaled, out)
             if pixels is not None:
                 return pixels
         image = self.pillow()
@@ -126,8 +131,7 @@ class _Source:
             left, top, right, bottom = 0, 0, image.width, image.height
         edges = (left, top, min(right, image.width), min(bottom, image.height))
         filter_ = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
-        resized = _pixels(image.resize((size, size), filter_, box=edges))
-        return np.ascontiguousarray(resized[:, ::-1]) if flip else resized
+        return _pixels(image.resize((size, size), filter_, box=edges), flip, out)
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -184,6 +188,12 @@ def _without_profile(data: bytes) -> bytes:
     return data[:place] + data[place + 12 + int.from_bytes(data[place : place + 4], "big") :]
 
 
-def _pixels(image: Image.Image) -> Pixels:
-    pixels = np.array(image)
-    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+def _pixels(image: Image.Image, flip: bool, out: Pixels | None) -> Pixels:
+    pixels = np.asarray(image)
+    pixels = pixels if pixels.ndim == 3 else pixels[:, :, None]
+    if flip:
+        pixels = pixels[:, ::-1]
+    if out is None:
+        return pixels.copy()
+    out[...] = pixels
+    return out

@@ -5,11 +5,13 @@ with Pillow's weights, so a crop is the CPU's to within a few grey levels where 
 On a CPU torchvision's libjpeg stands in for nvJPEG, which is how this is tested; not yet run on a GPU.
 """
 
+import io
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from xception_pl.data.decode import Crop
@@ -46,20 +48,39 @@ def decode_on(device: torch.device, encoded: Tensor, images: Sequence[Undecoded]
         yield from (None if pixels is None else next(made) for pixels in decoded)
 
 
+def cannot_decode(device: torch.device) -> str | None:
+    """Why no JPEG can be decoded on `device`, such as a torchvision built without nvJPEG; None where one can.
+
+    Asked before a run: later, what the device refuses goes to the CPU, and all of it would, unnoticed.
+    """
+    jpeg = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(jpeg, "JPEG")
+    try:
+        _decode_all([torch.frombuffer(jpeg.getbuffer(), dtype=torch.uint8)], device)
+    except RuntimeError as error:
+        return str(error).splitlines()[0].rstrip(".")
+    return None
+
+
 def _decode(files: list[Tensor], device: torch.device) -> list[Tensor | None]:
     """Whole images, uint8 (3, H, W); one that fails spoils its batch, so then each is tried alone."""
-    from torchvision.io import ImageReadMode, decode_jpeg
-
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torchvision announces that its decoders will move
-            return list(decode_jpeg(files, mode=ImageReadMode.RGB, device=device))
+        return list(_decode_all(files, device))
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         if len(files) == 1:
             return [None]
     return [_decode([file], device)[0] for file in files]
+
+
+def _decode_all(files: list[Tensor], device: torch.device) -> list[Tensor]:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision announces that its decoders will move
+        decoded: list[Tensor] = decode_jpeg(files, mode=ImageReadMode.RGB, device=device)
+    return decoded
 
 
 def crop_and_resize(images: Sequence[tuple[Tensor, Crop]], size: int) -> list[Tensor]:

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.synchronize import Event
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from xception_pl.data.batches import Batch, Corrupt, EvalBatches, Item, Position, TrainBatches
+from xception_pl.data.batches import EvalBatches, TrainBatches
 from xception_pl.data.errors import DataError
+from xception_pl.data.item import Batch, Corrupt, Item, Position
 
 
 class PlannedLoader:
@@ -81,6 +83,8 @@ class PlannedLoader:
             if workers
             else None,
         )
+        batches.rooms = prefetch + 1  # DataLoader lets a worker be `prefetch` batches ahead, and one is being copied
+        self._mapped: deque[Any] = deque(maxlen=workers * batches.rooms)  # workers' rooms: mapped once while held here
         self._iterator: Iterator[Any] | None = None  # under this name Lightning finds and stops the workers
         self._next: Position | None = None
 
@@ -115,6 +119,9 @@ class PlannedLoader:
                 "A loader worker was killed, by the system if memory ran out: lower data.workers, data.prefetch or "
                 "data.shuffle_window."
             ) from error
+        if isinstance(item, Item) and self._loader.num_workers and not self._loader.pin_memory:
+            self._mapped.append(item.batch.get("image"))
+            item = item.copied()  # before the worker, asked for another batch by now, makes the one after that
         if self._finish is not None and isinstance(item, Item):
             item = self._finish(item)
         if isinstance(item, DataError):

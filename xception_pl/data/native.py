@@ -29,8 +29,19 @@ class Unavailable(Exception):
     """Why crop.c cannot be used here, in a few words."""
 
 
+TAIL = 16
+"""crop.c writes whole vectors: so many bytes behind a crop are written over too."""
+
+
 def crop_jpeg(
-    data: bytes, box: Box, size: int, bicubic: bool, flip: bool = False, context: bool = False, scaled: bool = False
+    data: bytes,
+    box: Box,
+    size: int,
+    bicubic: bool,
+    flip: bool = False,
+    context: bool = False,
+    scaled: bool = False,
+    out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8] | None:
     """`box` of a JPEG resized to (size, size, 3), flipped on request; None where native code cannot be had
     or libjpeg finds fault with the file.
@@ -43,15 +54,19 @@ def crop_jpeg(
         flip: mirror left and right.
         context: let the filter see the pixels around the box, as if the whole image had been resized.
         scaled: decode with a smaller DCT where the crop is at least twice `size`; faster, not to the bit the same.
+        out: where the result goes, (size, size, 3) without gaps, and `TAIL` bytes behind it that are nothing yet.
     """
     library, _ = _try_load()
     if library is None:
         return None
-    room = np.empty(size * size * 3 + 16, np.uint8)  # crop.c writes whole vectors
+    if out is None:
+        out = np.empty(size * size * 3 + TAIL, np.uint8)[:-TAIL].reshape(size, size, 3)
+    assert out.shape == (size, size, 3)
+    assert out.flags.c_contiguous
     failed = library.crop_jpeg(
-        data, len(data), (ctypes.c_double * 4)(*box), context, scaled, size, bicubic, flip, room.ctypes.data
+        data, len(data), (ctypes.c_double * 4)(*box), context, scaled, size, bicubic, flip, out.ctypes.data
     )
-    return None if failed else room[:-16].reshape(size, size, 3)
+    return None if failed else out
 
 
 def load() -> ctypes.CDLL:
