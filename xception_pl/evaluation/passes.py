@@ -12,9 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from xception_pl.data.batches import Batch, Corrupt, EvalBatches, Format, Item, Position
+from xception_pl.data.batches import EvalBatches, Format
 from xception_pl.data.config import DataConfig
 from xception_pl.data.errors import DataError
+from xception_pl.data.item import Batch, Corrupt, Item, Position
 from xception_pl.data.loader import PlannedLoader
 from xception_pl.data.source import Split
 from xception_pl.data.stream import open_cache
