@@ -224,6 +224,7 @@ CHANGES: dict[str, tuple[str, dict[str, str]]] = {
     "model.output_stride": ("16", {}),
     "model.grad_checkpointing": ("true", {}),
     "model.bn_momentum": ("0.5", {}),
+    "model.numerics": ("torch", {}),
     "model.channels_last": ("false", {}),
     "model.compile": ("true", {}),
     "model.kernels": ("fused", {}),

@@ -10,13 +10,15 @@ if TYPE_CHECKING:
     from xception_pl.data.datamodule import ImageNetDataModule
     from xception_pl.module import XceptionModule
     from xception_pl.nets.xception import Xception
+    from xception_pl.weights.load import load_network
 
 __version__ = "0.1.0"
-__all__ = ["ImageNetDataModule", "Xception", "XceptionModule", "__version__"]
+__all__ = ["ImageNetDataModule", "Xception", "XceptionModule", "__version__", "load_network"]
 
 _HOME = {
     "Xception": "xception_pl.nets.xception",
     "XceptionModule": "xception_pl.module",
+    "load_network": "xception_pl.weights.load",
     "ImageNetDataModule": "xception_pl.data.datamodule",
 }
 

@@ -71,4 +71,6 @@ def _unfit(network: nn.Module) -> str | None:
         return f"only xception has fused kernels, not {type(network).__name__}"
     if network.grad_checkpointing:
         return "grad_checkpointing recomputes the plain layers"
+    if network.numerics != "keras":
+        return f"the fused kernels pool as Keras does, not as model.numerics {network.numerics}"
     return None

@@ -35,7 +35,10 @@ class ModelConfig:
     grad_checkpointing: bool = False
     """Recompute the blocks' activations in the backward pass, to save memory."""
     bn_momentum: float | None = None
-    """Weight of the newest batch in the running statistics; null keeps the network's own (xception: Keras' 0.01)."""
+    """Weight of the newest batch in the running statistics; null keeps the network's own (0.01; numerics torch: 0.1)."""
+    numerics: Literal["keras", "torch"] = "keras"
+    """Batch norm and padding of the pooling as Keras has them, or `torch` as timm's port: converted weights need theirs
+    (xception only)."""
     channels_last: bool = True
     """NHWC memory layout of weights and activations."""
     compile: bool = False

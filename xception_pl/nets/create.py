@@ -17,6 +17,7 @@ XCEPTION_ONLY = (
     "intermediate_activation",
     "segments",
     "output_stride",
+    "numerics",
 )
 
 
@@ -54,6 +55,7 @@ def _named(config: ModelConfig) -> nn.Module:
             fc_units=config.fc_units,
             output_stride=config.output_stride,
             grad_checkpointing=config.grad_checkpointing,
+            numerics=config.numerics,
         )
     import timm  # 2 s, and only other networks need it
 

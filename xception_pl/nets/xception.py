@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from math import gcd
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xception_pl.nets.convs import Activation, BatchNorm, SegmentedConv2d, SeparableConv2d, divisors, initialize
+from xception_pl.nets.preprocessing import Preprocessing
+
+Numerics = Literal["keras", "torch"]
 
 
 def same_max_pool(x: Tensor, stride: int, dilation: int = 1) -> Tensor:
@@ -26,6 +29,9 @@ def same_max_pool(x: Tensor, stride: int, dilation: int = 1) -> Tensor:
 
     Shape: ``(B, C, H, W)`` to ``(B, C, ceil(H / stride), ceil(W / stride))``.
     """
+    if stride == 2 and torch.compiler.is_exporting():  # no padding that depends on a size: the program takes them all
+        # SAME pads by parity at the start and by one pixel at the end; seen from the end, by one pixel always.
+        return padded_max_pool(x.flip(2, 3), stride, dilation).flip(2, 3)
     height, width = x.shape[-2:]
     # Whether the size is odd in the network that is not dilated decides where the windows start.
     top = dilation * (-(-height // dilation) % 2)
@@ -35,6 +41,14 @@ def same_max_pool(x: Tensor, stride: int, dilation: int = 1) -> Tensor:
         return F.max_pool2d(x, 3, stride=2, padding=(top, left), ceil_mode=True)
     padded = F.pad(x, (left, 2 * dilation - left, top, 2 * dilation - top), value=-torch.inf)
     return F.max_pool2d(padded, 3, stride=1, dilation=dilation)
+
+
+def padded_max_pool(x: Tensor, stride: int, dilation: int = 1) -> Tensor:
+    """3 × 3 max pooling with one pixel of padding on every side: PyTorch's, which timm's port of Xception uses.
+
+    Arguments and shape are those of :func:`same_max_pool`, from which it differs at even sizes.
+    """
+    return F.max_pool2d(x, 3, stride=stride, padding=dilation, dilation=dilation)
 
 
 class Stem(nn.Module):
@@ -66,6 +80,7 @@ class Block(nn.Module):
             pooling and an identity shortcut.
         shortcut: whether there is one.
         dilation: of convolutions and pooling.
+        numerics: "keras" pools as TensorFlow's SAME does, "torch" with one pixel of padding on every side.
 
     Shape: ``(B, in_channels, H, W)`` to ``(B, widths[-1], ceil(H / pool_stride), ceil(W / pool_stride))``.
     """
@@ -80,6 +95,7 @@ class Block(nn.Module):
         pool_stride: int | None = None,
         shortcut: bool = True,
         dilation: int = 1,
+        numerics: Numerics = "keras",
     ) -> None:
         super().__init__()
         self.depth = len(widths)
@@ -87,6 +103,7 @@ class Block(nn.Module):
         self.pool_stride = pool_stride
         self.has_shortcut = shortcut
         self.dilation = dilation
+        self.numerics = numerics
         for i, (channels, width) in enumerate(zip((in_channels, *widths), widths, strict=False), start=1):
             self.add_module(f"sepconv{i}", conv(channels, width, dilation=dilation))
             self.add_module(f"bn{i}", BatchNorm(width))
@@ -104,7 +121,8 @@ class Block(nn.Module):
             x = self.get_submodule(f"sepconv{i}")(x)
             x = self.get_submodule(f"bn{i}")(x)
         if self.pool_stride is not None:
-            x = same_max_pool(x, self.pool_stride, self.dilation)
+            pool = same_max_pool if self.numerics == "keras" else padded_max_pool
+            x = pool(x, self.pool_stride, self.dilation)
         if self.shortcut is not None:
             x = x + self.shortcut_bn(self.shortcut(inputs))
         elif self.has_shortcut:
@@ -118,7 +136,7 @@ class Xception(nn.Module):
     With its defaults: 22,855,952 parameters (Table 3), 36 convolutions in 14 modules. It takes images scaled to
     [-1, 1], 299 × 299 in the paper. Any size of 7 pixels or more computes; Keras refuses sizes below 71, whose last
     feature map would be smaller than 3 × 3, and so does a recipe; the network itself does not check. `torch.export` may
-    leave the batch open, but not height and width, whose parity decides the padding.
+    leave batch, height and width open.
 
     Blocks have the paper's numbers as names (`block1` … `block14`), and inside them the layers have those of Keras'
     `keras.applications.Xception` (`sepconv1` …). With other than eight middle blocks the numbers go on without a gap.
@@ -141,6 +159,13 @@ class Xception(nn.Module):
         output_stride: image pixels per pixel of the last feature map: 32, or 16 or 8 by dilation. The weights stay the
             same, and every ``32 / output_stride``-th pixel of the last map is the map at stride 32.
         grad_checkpointing: recompute each block's activations in the backward pass.
+        numerics: "keras" for the author's epsilon and momentum of batch norm and TensorFlow's padding of the pooling;
+            "torch" for PyTorch's defaults of all three, with which timm's and Cadene's weights were trained. Weights
+            of the one give other outputs under the other.
+
+    Attributes:
+        preprocessing: how the images that the weights know were prepared, and
+        class_names: what the outputs mean; both set by :func:`xception_pl.load_network`.
 
     Shape: ``(B, in_chans, H, W)`` to logits ``(B, num_classes)``.
 
@@ -163,8 +188,11 @@ class Xception(nn.Module):
         fc_units: Sequence[int] = (),
         output_stride: Literal[8, 16, 32] = 32,
         grad_checkpointing: bool = False,
+        numerics: Numerics = "keras",
     ) -> None:
         super().__init__()
+        self.preprocessing = Preprocessing()
+        self.class_names: list[str] | None = None
         _check_options(
             num_classes=num_classes,
             in_chans=in_chans,
@@ -174,6 +202,7 @@ class Xception(nn.Module):
             middle_blocks=middle_blocks,
             fc_units=fc_units,
             output_stride=output_stride,
+            numerics=numerics,
         )
         # channel counts, by their names in Figure 5
         c32, c64, c128, c256, c728, c1024, c1536, c2048 = (
@@ -196,19 +225,20 @@ class Xception(nn.Module):
         dilation5 = 2 // stride4
         dilation14 = dilation5 * 2 // stride13
 
+        block = partial(Block, numerics=numerics)
         # entry flow
         self.block1 = Stem(in_chans, (c32, c64))
-        self.block2 = Block(c64, (c128, c128), conv, pool_stride=2, shortcut=residual, relu_first=False)
-        self.block3 = Block(c128, (c256, c256), conv, pool_stride=2, shortcut=residual)
-        self.block4 = Block(c256, (c728, c728), conv, pool_stride=stride4, shortcut=residual)
+        self.block2 = block(c64, (c128, c128), conv, pool_stride=2, shortcut=residual, relu_first=False)
+        self.block3 = block(c128, (c256, c256), conv, pool_stride=2, shortcut=residual)
+        self.block4 = block(c256, (c728, c728), conv, pool_stride=stride4, shortcut=residual)
         # middle flow
         for number in range(5, 5 + middle_blocks):
             self.add_module(
-                f"block{number}", Block(c728, (c728, c728, c728), conv, shortcut=residual, dilation=dilation5)
+                f"block{number}", block(c728, (c728, c728, c728), conv, shortcut=residual, dilation=dilation5)
             )
         # exit flow
-        block13 = Block(c728, (c728, c1024), conv, pool_stride=stride13, shortcut=residual, dilation=dilation5)
-        block14 = Block(c1024, (c1536, c2048), conv, relu_first=False, shortcut=False, dilation=dilation14)
+        block13 = block(c728, (c728, c1024), conv, pool_stride=stride13, shortcut=residual, dilation=dilation5)
+        block14 = block(c1024, (c1536, c2048), conv, relu_first=False, shortcut=False, dilation=dilation14)
         self.add_module(f"block{5 + middle_blocks}", block13)
         self.add_module(f"block{6 + middle_blocks}", block14)
         # head
@@ -222,6 +252,11 @@ class Xception(nn.Module):
         self.num_classes = num_classes
         self.fc = self._logistic_layer(num_classes)
 
+        if numerics == "torch":
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eps, module.momentum = 1e-5, 0.1
+        self.numerics = numerics
         self.middle_blocks = middle_blocks
         self.grad_checkpointing = grad_checkpointing
         # the maps of a feature extractor: the numbers of the blocks that end in them, and what timm tells of them
@@ -392,6 +427,7 @@ def _check_options(
     middle_blocks: int,
     fc_units: Sequence[int],
     output_stride: int,
+    numerics: str,
 ) -> None:
     if num_classes < 0:
         raise ValueError(
@@ -411,6 +447,8 @@ def _check_options(
         raise ValueError(f"fc_units={tuple(fc_units)} has a layer without units: use 1 or more each, or no layer: ()")
     if output_stride not in (8, 16, 32):
         raise ValueError(f"output_stride={output_stride} is not possible: use 8, 16 or 32")
+    if numerics not in get_args(Numerics):
+        raise ValueError(f"numerics={numerics!r} is unknown: use 'keras', or 'torch' for weights of timm's port")
 
 
 def _check_segments(segments: int, layers: tuple[int, ...], channel_multiple: int) -> None:

@@ -1,19 +1,54 @@
-"""Our safetensors: the evaluated weights, with what is needed to use them in the file's metadata."""
+"""safetensors: ours, with what is needed to use the weights in the file's metadata, and anyone's."""
 
 import json
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from xception_pl.durable import durable_write
 from xception_pl.module import XceptionModule
+from xception_pl.weights.described import read_description
+from xception_pl.weights.stored import Stored, WeightsError
 
 
 def save_weights(module: XceptionModule, path: Path) -> None:
     """Writes the weights that are evaluated (averaged, where averaging is on) with model, classes and preprocessing."""
     hparams = module.hparams
     described = {name: hparams[name] for name in ("model", "class_names", "preprocessing")}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.evaluated.state_dict().items()}
+    write_safetensors(path, module.evaluated.state_dict(), described)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], described: dict[str, Any]) -> None:
+    """Writes tensors by our names with their description (:mod:`xception_pl.weights.described`)."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", **{name: json.dumps(value) for name, value in described.items()}}
     with durable_write(path) as file:
-        file.write(save(tensors, metadata))
+        file.write(save(plain, metadata))
+
+
+def read_safetensors(path: Path, source: str) -> Stored:
+    """Reads a safetensors file, and the description in its metadata where it is one of ours.
+
+    Raises:
+        WeightsError: the file is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")[:200]
+        raise WeightsError(f"{source} is no whole safetensors file: {reason}.") from error
+    stored = Stored(source, "a safetensors file", tensors)
+    if "model" in metadata:
+        described = {}
+        for name in ("model", "class_names", "preprocessing"):
+            try:
+                described[name] = json.loads(metadata.get(name, "null"))
+            except (ValueError, RecursionError) as error:
+                raise WeightsError(f"{source} is damaged: its metadata {name} is no JSON.") from error
+        read_description(stored, described)
+    return stored

@@ -1,0 +1,83 @@
+"""The network that tensors belong to, where no description comes with them: read from names and shapes."""
+
+import re
+import warnings
+
+from xception_pl.nets.config import ModelConfig
+from xception_pl.weights.layout import OURS, Layout
+from xception_pl.weights.stored import Stored, WeightsError
+
+
+def infer_model(stored: Stored, layout: Layout) -> ModelConfig:
+    """The model section of a recipe that makes the network of these tensors, as far as shapes tell.
+
+    What shapes do not tell is the paper's: no activation inside separable convolutions, stride 32; the numerics are
+    those of the family of files.
+
+    Raises:
+        WeightsError: tensors that decide the layout are absent or of impossible shape.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.tensors.items()}
+
+    def shape(our_name: str, dims: int) -> tuple[int, ...]:
+        name = layout.rename(our_name)
+        found = shapes.get(name, ())
+        if len(found) != dims or 0 in found:
+            there = f"of shape {found}" if name in shapes else "missing"
+            raise WeightsError(f"{stored.source} is no Xception: its tensor {name} is {there}.")
+        return found
+
+    conv1 = layout.from_file("block1.conv1.weight", stored.tensors[layout.rename("block1.conv1.weight")])
+    shape("block1.conv1.weight", 4)
+    head = layout.rename("fc.bias")
+    model = ModelConfig(
+        num_classes=shapes[head][0] if len(shapes.get(head, ())) == 1 else 0,
+        in_chans=conv1.shape[1],
+        numerics=layout.numerics,
+    )
+    if layout is not OURS:  # the other families have no other networks
+        return model
+    blocks = [int(found[1]) for name in shapes if (found := re.match(r"block(\d+)\.", name))]
+    model.middle_blocks = min(max(blocks), len(shapes)) - 6
+    if model.middle_blocks < 0:
+        raise WeightsError(f"{stored.source} is no whole Xception: its last block is {max(blocks)}.")
+    last = max(blocks)
+    layers_of_figure5 = {
+        32: "block1.conv1.weight",
+        64: "block1.conv2.weight",
+        128: "block2.sepconv1.pointwise.weight",
+        256: "block3.sepconv1.pointwise.weight",
+        728: "block4.sepconv1.pointwise.weight",
+        1024: f"block{last - 1}.sepconv2.pointwise.weight",
+        1536: f"block{last}.sepconv1.pointwise.weight",
+        2048: f"block{last}.sepconv2.pointwise.weight",
+    }
+    widths = {channels: shape(name, 4)[0] for channels, name in layers_of_figure5.items()}
+    model.width, model.channel_multiple = _width(widths)
+    channels, group = shape("block3.sepconv1.depthwise.weight", 4)[:2]
+    model.segments = None if group == 1 else channels // group
+    model.residual = "block2.shortcut.weight" in shapes
+    layers = sum(bool(re.fullmatch(r"fc_layers\.\d+\.weight", name)) for name in shapes)
+    model.fc_units = tuple(shape(f"fc_layers.{i}.weight", 2)[0] for i in range(layers))
+    warnings.warn(
+        f"{stored.source} has our names but no description: shapes decide the network, with Keras' numerics",
+        stacklevel=4,
+    )
+    return model
+
+
+def _width(widths: dict[int, int]) -> tuple[float, int]:
+    """`width` and `channel_multiple` that make these channel counts of Figure 5's; (1, 8) where none do.
+
+    Xception rounds ``channels · width`` to the nearest multiple, at least one: each count gives an interval for the width.
+    """
+    if all(count == channels for channels, count in widths.items()):
+        return 1.0, 8
+    for multiple in (8, 1, 2, 3, 4, 6, 12, 16, 24, 32, 64):
+        if any(count % multiple for count in widths.values()):
+            continue
+        low = max(0 if count == multiple else (count - multiple / 2) / channels for channels, count in widths.items())
+        high = min((count + multiple / 2) / channels for channels, count in widths.items())
+        if low < high:
+            return (low + high) / 2, multiple
+    return 1.0, 8

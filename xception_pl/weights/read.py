@@ -1,0 +1,60 @@
+"""Which reader a file needs, by what it contains."""
+
+import struct
+import zipfile
+from pathlib import Path
+
+from torch import nn
+
+from xception_pl.weights.safetensors import read_safetensors
+from xception_pl.weights.stored import Stored, WeightsError
+from xception_pl.weights.torch_file import read_torch
+
+_LONGEST_HEADER = 100_000_000  # bytes, of safetensors
+
+
+def read_weights(source: str | Path | nn.Module) -> Stored:
+    """Opens weights wherever they are.
+
+    Raises:
+        WeightsError: there is nothing there, or nothing that can be read.
+    """
+    if isinstance(source, nn.Module):
+        return Stored(f"the given {type(source).__name__}", "a network", source.state_dict())
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _read_file(path, str(source))
+    if path.is_dir():
+        raise WeightsError(f"{source} is a folder: give the file of weights in it.")
+    raise WeightsError(f"there is no file {source}.")
+
+
+def _read_file(path: Path, source: str) -> Stored:
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except OSError as error:
+        raise WeightsError(f"{source} cannot be read: {error.strerror}.") from error
+    if not head:
+        raise WeightsError(f"{source} is empty.")
+    if zipfile.is_zipfile(path) or head[0] == 0x80:
+        return read_torch(path, source)
+    if len(head) > 8 and struct.unpack("<Q", head[:8])[0] <= _LONGEST_HEADER and head[8:9] == b"{":
+        return read_safetensors(path, source)
+    raise WeightsError(f"{source} is no file of weights{_looks_like(head)}.")
+
+
+def _looks_like(head: bytes) -> str:
+    """What a file that is none of weights seems to be."""
+    text = head.lstrip().lower()
+    if head.startswith(b"PK\x03\x04"):
+        return ": it is a zip archive that is cut off; fetch it again"
+    if head.startswith(b"version https://git-lfs"):
+        return ": it is Git LFS's pointer to one; fetch it with git lfs pull"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return ": it is a web page, perhaps the error of a download; fetch it again"
+    if head.startswith(b"\x1f\x8b"):
+        return ": it is gzip's; unpack it first"
+    if head[257:262] == b"ustar":
+        return ": it is a tar archive; unpack it first"
+    return " that is known here: neither torch, safetensors nor Keras begins so"

@@ -1,0 +1,32 @@
+"""What a weight file holds, before a network is made of it."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from xception_pl.nets.config import ModelConfig
+from xception_pl.nets.preprocessing import Preprocessing
+
+
+class WeightsError(ValueError):
+    """A file of weights cannot be used. The message is for the user: which file, what is wrong, what to do."""
+
+
+@dataclass
+class Stored:
+    """Tensors by the names that the file gives them, and what else the file tells.
+
+    Reading one executes nothing and takes memory in proportion to the file. Shapes and values are not yet checked.
+    """
+
+    source: str
+    """The path or id that the user gave, for messages."""
+    kind: str
+    """What the file is, for messages: "a Keras file"."""
+    tensors: dict[str, Tensor]
+    model: ModelConfig | None = None
+    """The network, where the file describes one of ours."""
+    preprocessing: Preprocessing | None = None
+    class_names: list[str] | None = None
+    raw_tensors: dict[str, Tensor] | None = field(default=None, repr=False)
+    """The last step's weights, where `tensors` are averaged ones kept beside them."""
