@@ -7,26 +7,18 @@ is no compiler or no such wheel, `decode` has Pillow do everything.
 
 import ctypes
 import functools
-import hashlib
 import importlib.util
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xception_pl.compiled import Unavailable as Unavailable
+from xception_pl.compiled import compiled
 from xception_pl.data.crops import Box
 
 SOURCE = Path(__file__).parent / "crop.c"
-FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC")
-
-
-class Unavailable(Exception):
-    """Why crop.c cannot be used here, in a few words."""
 
 
 TAIL = 16
@@ -85,7 +77,7 @@ def load() -> ctypes.CDLL:
 def _try_load() -> tuple[ctypes.CDLL | None, str]:
     """Once a process, its failure remembered too."""
     try:
-        library = ctypes.CDLL(str(_compiled()))
+        library = ctypes.CDLL(str(compiled(SOURCE)))
     except (Unavailable, OSError) as error:
         return None, str(error)
     library.crop_open.argtypes = [ctypes.c_char_p]
@@ -108,37 +100,3 @@ def _libjpeg_files() -> list[Path]:
             for folder in (home.parent / vendored, home / ".dylibs"):
                 files += sorted(folder.glob("libjpeg*"))
     return files
-
-
-def _compiled() -> Path:
-    """Path of crop.c's shared library for this processor, compiled now if it is not in the cache."""
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, _processor())).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xception_pl"
-    target = cache / f"crop-{key}.so"
-    if target.exists():
-        return target
-    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        raise Unavailable("there is no C compiler (cc, gcc or clang)")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            built = Path(folder) / target.name
-            for flags in ((*FLAGS, "-march=native"), FLAGS):  # not every compiler knows the processor
-                command = [compiler, *flags, str(SOURCE), "-o", str(built), "-lm", "-ldl"]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-                if done.returncode == 0:
-                    built.replace(target)  # whole or not at all, for processes that do the same now
-                    return target
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{SOURCE.name} cannot be compiled in {cache}: {error}") from error
-    raise Unavailable(f"{compiler} does not compile {SOURCE.name}: {done.stderr.strip()[:200]}")
-
-
-def _processor() -> str:
-    """What -march=native depends on; a home folder may be shared by different machines."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return platform.machine() + next(
-        (line for line in lines if line.startswith(("flags", "Features"))), platform.processor()
-    )

@@ -1,0 +1,405 @@
+/* Xception's layers on the processor: float32, channels last (B, H, W, C), any sizes and channel counts.
+ *
+ * A layer is one matrix product whose left-hand side is made a tile of pixels at a time in the second-level cache and
+ * never written to memory: the depthwise convolution of a normalised and rectified input, the pixels of a 1 x 1 or the
+ * patches of a 3 x 3 convolution, or the gradient behind a batch norm. What follows the product (an affine map, the
+ * shortcut, the statistics of the next batch norm) happens on the tile too.
+ *
+ * Work is cut by the shapes alone and partial sums are added in a fixed order, so that results do not depend on the
+ * number of threads.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+#ifndef WIDTH
+#if defined(__AVX512F__)
+#define WIDTH 16
+#else
+#define WIDTH 8
+#endif
+#endif
+#define ROWS 6             /* of the micro-kernel: with 2 vectors of columns its 12 sums stay in registers */
+#define PANEL (2 * WIDTH)  /* columns of the micro-kernel */
+#define inline_always static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(4 * WIDTH)));
+typedef float vec_loose __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef int32_t mask __attribute__((vector_size(4 * WIDTH)));
+
+/* `lanes` is WIDTH, a constant, but for the last channels. */
+inline_always vec load(const float *from, int lanes) {
+  if (lanes >= WIDTH) return *(const vec_loose *)from;
+  vec v = {0};
+  for (int i = 0; i < lanes; i++) v[i] = from[i];
+  return v;
+}
+inline_always void store(float *to, vec v, int lanes) {
+  if (lanes >= WIDTH)
+    *(vec_loose *)to = v;
+  else
+    for (int i = 0; i < lanes; i++) to[i] = v[i];
+}
+inline_always vec splat(float x) { return x - (vec){0}; } /* one instruction; x + 0 would be two, because of -0 */
+inline_always vec choose(mask which, vec yes, vec no) { return (vec)((which & (mask)yes) | (~which & (mask)no)); }
+/* The larger; `v` where it is not a number, as in torch. */
+inline_always vec at_least(vec floor, vec v) {
+#if WIDTH == 8 && defined(__AVX__)
+  return (vec)_mm256_max_ps((__m256)floor, (__m256)v);
+#elif WIDTH == 16 && defined(__AVX512F__)
+  return (vec)_mm512_max_ps((__m512)floor, (__m512)v);
+#else
+  return choose(v < floor, floor, v);
+#endif
+}
+inline_always int smaller(int a, int b) { return a < b ? a : b; }
+inline_always int larger(int a, int b) { return a > b ? a : b; }
+inline_always int over(int a, int b) { return (a + b - 1) / b; } /* a / b, rounded up */
+
+/* Run the last argument for each vector of channels in [from, to) with `c` and `lanes`; whole vectors get a constant. */
+#define EACH_VECTOR(from, to, ...)                                      \
+  do {                                                                  \
+    int c = (from);                                                     \
+    for (; c + WIDTH <= (to); c += WIDTH) { enum { lanes = WIDTH }; __VA_ARGS__ } \
+    if (c < (to)) { int lanes = (to) - c; __VA_ARGS__ }                 \
+  } while (0)
+
+enum kind { POINTS, DEPTHWISE, PATCHES, GRADIENT };
+
+/* The left-hand side of a product: one row for each pixel of the output. */
+struct left {
+  int kind;
+  int batch, height, width, channels; /* of the input */
+  int out_height, out_width, stride, padding, dilation;
+  const float *in;
+  const float *scale, *shift; /* a channel each: the input is read as max(in * scale + shift, floor); NULL for 1 and 0 */
+  float floor;
+  const float *depthwise;             /* DEPTHWISE: (9, channels) */
+  const float *normed, *mean, *slope; /* GRADIENT: in * scale + (normed - mean) * slope + shift */
+};
+
+/* What happens to the product before it is written. */
+struct right {
+  int columns;
+  const float *packed; /* from pack() */
+  float *out;
+  const float *scale, *shift; /* out = max(product * scale + shift + added, floor) */
+  const float *added;
+  float floor;
+  float *moments; /* (tiles, 2, columns): mean and sum of squared deviations over a tile; or NULL */
+};
+
+static int depth(const struct left *l) { return l->kind == PATCHES ? 9 * l->channels : l->channels; }
+static int pixels(const struct left *l) { return l->batch * l->out_height * l->out_width; }
+
+/* Pixels of a tile: as many as leave its left-hand side room in the second-level cache, the same number in each. */
+int tile_pixels(int count, int depth) {
+  int most = larger(24, smaller(96, 40960 / depth));
+  int tiles = over(count, most);
+  return over(over(count, tiles), ROWS) * ROWS;
+}
+
+/* ---- Left-hand sides. Vectors of channels from `c` go to out + place(c) + pixel * step. ---- */
+
+struct tile {
+  float *at;
+  long step;  /* floats from a pixel to the next */
+  long panel; /* floats from one panel of PANEL columns to the next; 0 where a row lies together */
+  int first;  /* column that comes first */
+};
+inline_always float *place(const struct tile *t, int column) {
+  column -= t->first;
+  return t->panel ? t->at + column / PANEL * t->panel + column % PANEL : t->at + column;
+}
+
+/* Pixels [x0, x1) of row y of a depthwise 3 x 3 convolution; every column of the input is read once for each row of the
+ * kernel, and takes part in the three sums that it belongs to. */
+inline_always void depthwise_vector(const struct left *l, const float *image, int y, int x0, int x1, float *out,
+                                    long step, int c, int lanes) {
+  int C = l->channels, W = l->width, d = l->dilation;
+  const vec zero = {0}, floor = splat(l->floor);
+  vec scale = l->scale ? load(l->scale + c, lanes) : splat(1), shift = l->scale ? load(l->shift + c, lanes) : zero;
+  const float *row[3];
+  vec w[3][3];
+  for (int i = 0; i < 3; i++) {
+    int at = y + (i - 1) * d, inside = at >= 0 && at < l->height;
+    row[i] = image + (long)(inside ? at : y) * W * C + c; /* a row outside counts nothing: its weights are zero */
+    for (int j = 0; j < 3; j++) w[i][j] = inside ? load(l->depthwise + (3 * i + j) * C + c, lanes) : zero;
+  }
+#define COLUMN(x)                                                                       \
+  for (int i = 0; i < 3; i++) v[i] = at_least(floor, load(row[i] + (long)(x) * C, lanes) * scale + shift);
+  for (int start = x0; start < smaller(x0 + d, x1); start++) {
+    vec v[3], now = zero, next = zero; /* the sums of pixels x and x + d */
+    if (start - d >= 0) {
+      COLUMN(start - d)
+      now = v[0] * w[0][0] + v[1] * w[1][0] + v[2] * w[2][0];
+    }
+    COLUMN(start)
+    now += v[0] * w[0][1] + v[1] * w[1][1] + v[2] * w[2][1];
+    next = v[0] * w[0][0] + v[1] * w[1][0] + v[2] * w[2][0];
+    int x = start;
+    for (; x < x1 && x + d < W; x += d) {
+      COLUMN(x + d)
+      vec done = now + (v[0] * w[0][2] + v[1] * w[1][2] + v[2] * w[2][2]);
+      now = next + (v[0] * w[0][1] + v[1] * w[1][1] + v[2] * w[2][1]);
+      next = v[0] * w[0][0] + v[1] * w[1][0] + v[2] * w[2][0];
+      store(out + (x - x0) * step, done, lanes);
+    }
+    if (x < x1) store(out + (x - x0) * step, now, lanes);
+  }
+#undef COLUMN
+}
+
+static void depthwise(const struct left *l, const float *image, int y, int x0, int x1, const struct tile *t, int pixel,
+                      int from, int to) {
+  EACH_VECTOR(from, to,
+              { depthwise_vector(l, image, y, x0, x1, place(t, c) + pixel * t->step, t->step, c, lanes); });
+}
+
+/* The patch that one output pixel sees, or for a 1 x 1 convolution the pixel itself. */
+static void patch(const struct left *l, const float *image, int y, int x, const struct tile *t, int pixel, int from,
+                  int to) {
+  int C = l->channels, side = l->kind == PATCHES ? 3 : 1;
+  const vec floor = splat(l->floor);
+  for (int tap = 0; tap < side * side; tap++) {
+    int iy = y * l->stride - l->padding + tap / side, ix = x * l->stride - l->padding + tap % side;
+    int inside = iy >= 0 && iy < l->height && ix >= 0 && ix < l->width, base = tap * C;
+    const float *in = image + ((long)iy * l->width + ix) * C;
+    int low = larger(from, base) - base, high = smaller(to, base + C) - base;
+    if (!t->panel && inside && !l->scale && l->floor == -INFINITY && low < high) {
+      memcpy(place(t, base + low) + pixel * t->step, in + low, sizeof(float) * (size_t)(high - low));
+      continue;
+    }
+    for (int c = low; c < high;) { /* vectors end where a panel of columns ends */
+      int lanes = smaller(WIDTH, high - c);
+      if (t->panel) lanes = smaller(lanes, WIDTH - (base + c - t->first) % WIDTH);
+      float *out = place(t, base + c) + pixel * t->step;
+      if (lanes == WIDTH) {
+        vec v = inside ? load(in + c, WIDTH) : splat(0);
+        if (inside && l->scale) v = v * load(l->scale + c, WIDTH) + load(l->shift + c, WIDTH);
+        store(out, inside ? at_least(floor, v) : v, WIDTH);
+      } else
+        for (int i = 0; i < lanes; i++) {
+          float v = inside ? in[c + i] : 0;
+          if (inside && l->scale) v = v * l->scale[c + i] + l->shift[c + i];
+          out[i] = inside && v < l->floor ? l->floor : v;
+        }
+      c += lanes;
+    }
+  }
+}
+
+/* Fill a tile with columns [from, to) of the rows of `count` pixels from number `first` on. */
+static void fill(const struct left *l, int first, int count, const struct tile *t, int from, int to) {
+  if (l->kind == GRADIENT) {
+    const float *in = l->in + (long)first * l->channels, *normed = l->normed + (long)first * l->channels;
+    EACH_VECTOR(from, to, {
+      vec scale = load(l->scale + c, lanes), shift = load(l->shift + c, lanes), mean = load(l->mean + c, lanes),
+          slope = load(l->slope + c, lanes);
+      float *out = place(t, c);
+      for (int p = 0; p < count; p++) {
+        long at = (long)p * l->channels + c;
+        store(out + p * t->step, load(in + at, lanes) * scale + ((load(normed + at, lanes) - mean) * slope + shift),
+              lanes);
+      }
+    });
+    return;
+  }
+  long image = (long)l->height * l->width * l->channels;
+  for (int p = 0; p < count;) {
+    int x = (first + p) % l->out_width, y = (first + p) / l->out_width;
+    const float *in = l->in + y / l->out_height * image;
+    int end = smaller(l->out_width, x + count - p); /* of this row of the output */
+    y %= l->out_height;
+    if (l->kind == DEPTHWISE)
+      depthwise(l, in, y, x, end, t, p, from, to);
+    else
+      for (int i = x; i < end; i++) patch(l, in, y, i, t, p + i - x, from, to);
+    p += end - x;
+  }
+}
+
+/* ---- Products ---- */
+
+/* ROWS x PANEL sums over `count` steps; a step moves `a` by `forward` and its rows lie `apart`. */
+inline_always void multiply(int count, const float *a, long apart, long forward, const float *b, float *out,
+                            long out_step, int add) {
+  vec sum[ROWS][2];
+  for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = (vec){0};
+  for (int k = 0; k < count; k++) {
+    vec left = *(const vec_loose *)b, right = *(const vec_loose *)(b + WIDTH);
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i++) {
+      vec x = splat(a[i * apart]);
+      sum[i][0] += x * left;
+      sum[i][1] += x * right;
+    }
+    a += forward;
+    b += PANEL;
+  }
+  for (int i = 0; i < ROWS; i++)
+    for (int j = 0; j < 2; j++) {
+      vec_loose *to = (vec_loose *)(out + i * out_step + j * WIDTH);
+      *to = add ? (vec)*to + sum[i][j] : sum[i][j];
+    }
+}
+static __attribute__((noinline)) void multiply_rows(int depth, const float *a, long step, const float *b, float *out) {
+  multiply(depth, a, step, 1, b, out, PANEL, 0);
+}
+static __attribute__((noinline)) void multiply_columns(int count, const float *a, long step, const float *b, float *out,
+                                                       long out_step) {
+  multiply(count, a, 1, step, b, out, out_step, 1);
+}
+
+/* The right-hand side of a product in panels of PANEL columns, row by row, with zeros after the last column.
+ * Element (k, n) of it is in[k * row + n * column]. */
+void pack(const float *in, long row, long column, int depth, int columns, float *out, int threads) {
+  int panels = over(columns, PANEL);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int panel = 0; panel < panels; panel++) {
+    float *to = out + (long)panel * depth * PANEL;
+    int n0 = panel * PANEL, wide = smaller(PANEL, columns - n0);
+    if (wide < PANEL) memset(to, 0, sizeof(float) * (size_t)depth * PANEL);
+    for (int k0 = 0; k0 < depth; k0 += PANEL) /* in squares: either side may be the one that lies together */
+      for (int n = 0; n < wide; n++)
+        for (int k = k0; k < smaller(depth, k0 + PANEL); k++) to[k * PANEL + n] = in[k * row + (n0 + n) * column];
+  }
+}
+int packed_floats(int depth, int columns) { return over(columns, PANEL) * depth * PANEL; }
+
+/* Write a panel of the product, `rows` of them from pixel `first` on, and note its moments. */
+inline_always void finish(const struct right *r, const float *sums, int first, int rows, int tile, int c, int lanes) {
+  vec one = splat(1), zero = {0}, floor = splat(r->floor);
+  vec scale = r->scale ? load(r->scale + c, lanes) : one, shift = r->scale ? load(r->shift + c, lanes) : zero;
+  long at = (long)first * r->columns + c;
+  for (int p = 0; p < rows; p++, at += r->columns) {
+    vec v = load(sums + p * PANEL, WIDTH);
+    if (r->scale) v = v * scale + shift;
+    if (r->added) v += load(r->added + at, lanes);
+    store(r->out + at, at_least(floor, v), lanes);
+  }
+  if (!r->moments) return;
+  vec mean = zero, squares = zero;
+  for (int p = 0; p < rows; p++) mean += load(sums + p * PANEL, WIDTH);
+  mean *= splat(1.0f / (float)rows);
+  for (int p = 0; p < rows; p++) {
+    vec v = load(sums + p * PANEL, WIDTH) - mean;
+    squares += v * v;
+  }
+  store(r->moments + (2L * tile) * r->columns + c, mean, lanes);
+  store(r->moments + (2L * tile + 1) * r->columns + c, squares, lanes);
+}
+
+static void *room(size_t floats) { return aligned_alloc(64, (sizeof(float) * floats + 63) / 64 * 64); }
+
+/* out = left x packed, and what `right` adds. Returns 0, or 1 when memory is short. */
+int product(const struct left *l, const struct right *r, int threads) {
+  int K = depth(l), count = pixels(l), rows = tile_pixels(count, K), tiles = over(count, rows);
+  int panels = over(r->columns, PANEL), failed = 0;
+  /* Where tiles are few, several threads take a share of the columns of each, and each makes its left-hand side. */
+  int shares = larger(1, smaller(panels / 4, over(4 * threads, tiles)));
+  long step = K + WIDTH; /* rows that lie a power of two apart would evict each other */
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    float *left = room((size_t)rows * step), *sums = room((size_t)rows * PANEL);
+    struct tile t = {left, step, 0, 0};
+    failed = !left || !sums;
+    if (!failed) memset(left, 0, sizeof(float) * (size_t)rows * step);
+#pragma omp for schedule(dynamic)
+    for (int task = 0; task < tiles * shares; task++) {
+      if (failed) continue;
+      int tile = task / shares, share = task % shares, first = tile * rows, here = smaller(rows, count - first);
+      fill(l, first, here, &t, 0, K);
+      for (int panel = share * panels / shares; panel < (share + 1) * panels / shares; panel++) {
+        const float *b = r->packed + (long)panel * K * PANEL;
+        for (int p = 0; p < here; p += ROWS) multiply_rows(K, left + p * step, step, b, sums + p * PANEL);
+        for (int j = 0; j < 2; j++) {
+          int c = panel * PANEL + j * WIDTH, lanes = r->columns - c;
+          if (lanes >= WIDTH)
+            finish(r, sums + j * WIDTH, first, here, tile, c, WIDTH);
+          else if (lanes > 0)
+            finish(r, sums + j * WIDTH, first, here, tile, c, lanes);
+        }
+      }
+    }
+    free(left);
+    free(sums);
+  }
+  return failed;
+}
+
+/* Mean and variance (biased) of each channel from the moments of a product's tiles. */
+void join_moments(const float *moments, int count, int rows, int channels, float *mean, float *variance,
+                  int threads) {
+  int tiles = over(count, rows);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int c = 0; c < channels; c++) {
+    double sum = 0, squares = 0;
+    for (int tile = 0; tile < tiles; tile++)
+      sum += moments[2L * tile * channels + c] * (double)smaller(rows, count - tile * rows);
+    sum /= count;
+    for (int tile = 0; tile < tiles; tile++) {
+      double off = moments[2L * tile * channels + c] - sum;
+      squares += moments[(2L * tile + 1) * channels + c] + off * off * smaller(rows, count - tile * rows);
+    }
+    mean[c] = (float)sum;
+    variance[c] = (float)(squares / count);
+  }
+}
+
+/* ---- Pooling ---- */
+
+struct pool {
+  int batch, height, width, channels, out_height, out_width, stride, top, left, dilation;
+  const float *in, *scale, *shift;          /* pooled: in * scale + shift; NULL for 1 and 0 */
+  const float *added, *added_scale, *added_shift; /* of the output's shape, or NULL */
+};
+
+/* The first of the largest values of a window, as in torch, with the index of its tap and what `in` holds there. */
+inline_always vec window(const struct pool *o, const float *image, int y, int x, int c, int lanes, vec scale, vec shift,
+                         mask *tap, vec *raw) {
+  vec best = splat(-INFINITY);
+  *tap = (mask){0} - 1;
+  *raw = (vec){0};
+  for (int i = 0; i < 3; i++) {
+    int iy = y * o->stride - o->top + i * o->dilation;
+    if (iy < 0 || iy >= o->height) continue;
+    for (int j = 0; j < 3; j++) {
+      int ix = x * o->stride - o->left + j * o->dilation;
+      if (ix < 0 || ix >= o->width) continue;
+      vec in = load(image + ((long)iy * o->width + ix) * o->channels + c, lanes), v = in * scale + shift;
+      mask wins = (v > best) | (v != v) | (*tap < 0);
+      best = choose(wins, v, best);
+      *raw = choose(wins, in, *raw);
+      *tap = (wins & (3 * i + j)) | (~wins & *tap);
+    }
+  }
+  return best;
+}
+
+void pool(const struct pool *o, float *out, int threads) {
+  int C = o->channels;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int row = 0; row < o->batch * o->out_height; row++) {
+    const float *image = o->in + row / o->out_height * ((long)o->height * o->width * C);
+    for (int x = 0; x < o->out_width; x++) {
+      long at = ((long)row * o->out_width + x) * C;
+      EACH_VECTOR(0, C, {
+        mask tap;
+        vec raw, scale = o->scale ? load(o->scale + c, lanes) : splat(1);
+        vec shift = o->scale ? load(o->shift + c, lanes) : splat(0);
+        vec v = window(o, image, row % o->out_height, x, c, lanes, scale, shift, &tap, &raw);
+        if (o->added) {
+          vec added = load(o->added + at + c, lanes);
+          if (o->added_scale) added = added * load(o->added_scale + c, lanes) + load(o->added_shift + c, lanes);
+          v += added;
+        }
+        store(out + at + c, v, lanes);
+      });
+    }
+  }
+}
