@@ -166,7 +166,7 @@ def test_a_loaded_network_does_not_hang_on_its_file(tmp_path: Path) -> None:
 def test_another_number_of_classes_replaces_the_head_and_says_so(tmp_path: Path) -> None:
     made = module()
     path = checkpoint(made, tmp_path / "a")
-    with pytest.warns(UserWarning, match="a has 5 outputs: a new one of 7, not yet trained"):
+    with pytest.warns(UserWarning, match="a has a logistic layer of 5 outputs: a new one of 7, not yet trained"):
         network = load_network(path, num_classes=7)
     assert network(smooth_images(75)).shape == (2, 7)
     assert network.class_names is None

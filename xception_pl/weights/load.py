@@ -12,21 +12,23 @@ from xception_pl.nets.config import ModelConfig
 from xception_pl.nets.create import create_network
 from xception_pl.nets.xception import Xception
 from xception_pl.weights.infer import infer_model
+from xception_pl.weights.keras import KERAS
 from xception_pl.weights.layout import OURS, Layout
 from xception_pl.weights.mismatch import likely_cause, mismatch_table
 from xception_pl.weights.read import read_weights
 from xception_pl.weights.stored import Stored, WeightsError
 from xception_pl.weights.timm import TIMM, common_name
 
-_ANCHORS = {"block1.rep.0.conv1.weight": TIMM, "block1.conv1.weight": OURS}
+_ANCHORS = {"block1.rep.0.conv1.weight": TIMM, "block1.conv1.weight": OURS, "block1_conv1/kernel": KERAS}
 """A tensor that each family of files has, and no other."""
 
 
 def load_network(source: str | Path | nn.Module, *, num_classes: int | None = None, raw: bool = False) -> Xception:
     """A network with the weights of a file, in evaluation mode and float32, on the CPU.
 
-    What the file is, its content says, not its name: a checkpoint or `averaged.safetensors` of a run, any of timm's,
-    Cadene's or tstandley's ports (also inside `state_dict`, or with prefixes such as `module.`). Nothing in a file is
+    What the file is, its content says, not its name: a checkpoint or `averaged.safetensors` of a run, Keras' `.keras`,
+    `.weights.h5` and `.h5`, any of timm's, Cadene's or tstandley's ports (also inside `state_dict`, or with prefixes such
+    as `module.`). Nothing in a file is
     executed. The network has the numerics of the weights' origin, how images were prepared for it
     (`network.preprocessing`), and the names of its classes (`network.class_names`, None where the file has none).
 
@@ -59,10 +61,9 @@ def load_network(source: str | Path | nn.Module, *, num_classes: int | None = No
     network.preprocessing = stored.preprocessing or layout.preprocessing
     network.class_names = _class_names(stored, config.num_classes)
     if num_classes is not None and num_classes != config.num_classes:
+        has = f"has a logistic layer of {config.num_classes} outputs" if config.num_classes else "has no logistic layer"
         warnings.warn(
-            f"the logistic layer of {stored.source} has {config.num_classes} outputs: a new one of {num_classes}, not yet trained, "
-            "takes its place",
-            stacklevel=2,
+            f"{stored.source} {has}: a new one of {num_classes}, not yet trained, takes its place", stacklevel=2
         )
         network.reset_classifier(num_classes)
         network.class_names = None

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from torch import nn
 
+from xception_pl.weights.keras import WEIGHTS_MEMBER, read_keras_archive, read_keras_hdf5
 from xception_pl.weights.safetensors import read_safetensors
 from xception_pl.weights.stored import Stored, WeightsError
 from xception_pl.weights.torch_file import read_torch
 
+_HDF5 = b"\x89HDF\r\n\x1a\n"
 _LONGEST_HEADER = 100_000_000  # bytes, of safetensors
 
 
@@ -37,11 +39,29 @@ def _read_file(path: Path, source: str) -> Stored:
         raise WeightsError(f"{source} cannot be read: {error.strerror}.") from error
     if not head:
         raise WeightsError(f"{source} is empty.")
-    if zipfile.is_zipfile(path) or head[0] == 0x80:
+    if zipfile.is_zipfile(path):
+        return _read_archive(path, source)
+    if head[0] == 0x80:  # a pickle of protocol 2 or later
         return read_torch(path, source)
+    if head.startswith(_HDF5):
+        return read_keras_hdf5(path, source)
     if len(head) > 8 and struct.unpack("<Q", head[:8])[0] <= _LONGEST_HEADER and head[8:9] == b"{":
         return read_safetensors(path, source)
     raise WeightsError(f"{source} is no file of weights{_looks_like(head)}.")
+
+
+def _read_archive(path: Path, source: str) -> Stored:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise WeightsError(f"{source} is damaged: {error}.") from error
+    if WEIGHTS_MEMBER in names:
+        return read_keras_archive(path, source)
+    if any(name.endswith("data.pkl") for name in names):
+        return read_torch(path, source)
+    inside = ", ".join(names[:3]) or "nothing"
+    raise WeightsError(f"{source} is a zip archive without weights that are known here: it holds {inside}.")
 
 
 def _looks_like(head: bytes) -> str:

@@ -1,0 +1,189 @@
+"""Keras' files of every kind, written by Keras itself, against Keras itself."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from tests.nets.test_keras_parity import from_keras
+from tests.weights.conftest import outputs, relative_error, smooth_images
+from tests.weights.test_load import assert_same_weights
+from xception_pl import Xception, load_network
+from xception_pl.nets.preprocessing import Preprocessing
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras with NumPy 2
+
+CLASSES = 1000
+
+
+@pytest.fixture(scope="module")
+def keras() -> Any:
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    return pytest.importorskip("keras")
+
+
+def random_weights(model: Any) -> Any:
+    """Every number of a Keras model random, so that no two layers could be exchanged unseen."""
+    random = np.random.default_rng(3)
+    weights = []
+    for variable in model.weights:
+        shape = tuple(variable.shape)
+        if variable.name in ("gamma", "moving_variance"):
+            weights.append(random.uniform(0.5, 1.5, shape))
+        elif len(shape) == 1:
+            weights.append(random.normal(0, 0.3, shape))
+        else:
+            inputs = 9 if variable.name == "depthwise_kernel" else np.prod(shape[:-1])
+            weights.append(random.normal(0, (1 / inputs) ** 0.5, shape))
+    model.set_weights(weights)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(keras: Any) -> Any:
+    keras.layers.Conv2D(1, 1)  # automatic names depend on what the session made before
+    keras.layers.BatchNormalization()
+    return random_weights(
+        keras.applications.Xception(weights=None, classifier_activation=None, input_shape=(150, 150, 3))
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(model: Any) -> Xception:
+    """By the path that tests/nets proves against Keras' outputs at four sizes."""
+    return from_keras(model)
+
+
+@pytest.fixture(scope="module")
+def files(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("keras")
+    model.save(folder / "model.keras")
+    model.save(folder / "model.h5")
+    model.save_weights(folder / "model.weights.h5")
+    yield folder
+    for file in folder.iterdir():
+        file.unlink()  # 90 MB each
+
+
+def disguised(file: Path) -> Path:
+    """The same file under a name that says nothing."""
+    hidden = file.with_name("weights.bin")
+    hidden.unlink(missing_ok=True)
+    os.link(file, hidden)
+    return hidden
+
+
+@pytest.mark.parametrize("name", ["model.keras", "model.h5", "model.weights.h5"])
+def test_every_format_gives_the_same_weights(files: Path, name: str, expected: Xception) -> None:
+    network = load_network(disguised(files / name))
+    assert_same_weights(network, expected)
+    assert (network.numerics, network.preprocessing) == ("keras", Preprocessing(eval_crop="keras"))
+
+
+def test_outputs_are_keras_own(files: Path, model: Any) -> None:
+    images = smooth_images(150)
+    with torch.no_grad():
+        logits = model(images.permute(0, 2, 3, 1))
+    assert relative_error(outputs(load_network(files / "model.weights.h5"), images), logits) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [299, 256, 151, 72])
+def test_outputs_are_keras_own_at_other_sizes(keras: Any, files: Path, model: Any, size: int) -> None:
+    other = keras.applications.Xception(weights=None, classifier_activation=None, input_shape=(size, size, 3))
+    other.load_weights(files / "model.weights.h5")
+    images = smooth_images(size)
+    with torch.no_grad():
+        logits = other(images.permute(0, 2, 3, 1))
+    assert relative_error(outputs(load_network(files / "model.keras"), images), logits) < 1e-4
+
+
+def test_files_of_versions_that_note_no_names(files: Path, expected: Xception) -> None:
+    path = files / "nameless.weights.h5"
+    path.write_bytes((files / "model.weights.h5").read_bytes())
+    with h5py.File(path, "r+") as file:
+        for group in file["layers"].values():
+            group["vars"].attrs.clear()
+        assert "name" not in file["layers/conv2d/vars"].attrs
+    assert_same_weights(load_network(path), expected)
+    path.unlink()
+
+
+def test_names_of_the_first_release(keras: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keras numbers layers as they are created; its code creates them today in the order in which it did for release v0.4."""
+    from keras.src.applications import xception as source
+
+    created: list[Any] = []
+
+    class Recorded:
+        def __getattr__(self, name: str) -> Any:
+            layer_class = getattr(keras.layers, name)
+
+            def make(*args: Any, **options: Any) -> Any:
+                layer = layer_class(*args, **options)
+                created.append(layer)
+                return layer
+
+            return make if isinstance(layer_class, type) else layer_class
+
+    monkeypatch.setattr(source, "layers", Recorded())
+    model = random_weights(
+        keras.applications.Xception(weights=None, classifier_activation=None, classes=4, input_shape=(71, 71, 3))
+    )
+    old_class = {  # lower-case and without underscores
+        "Conv2D": "convolution2d", "SeparableConv2D": "separableconvolution2d", "BatchNormalization": "batchnormalization", "Dense": "dense",
+    }  # fmt: skip
+    old_leaf = {"kernel": "W", "bias": "b", "moving_mean": "running_mean", "moving_variance": "running_std"}
+    counts = dict.fromkeys(old_class, 0) | {"Dense": 1}  # the release's file calls it dense_2
+    names = {}
+    for layer in created:
+        kind = type(layer).__name__
+        if kind in old_class:
+            counts[kind] += 1
+            names[layer.name] = f"{old_class[kind]}_{counts[kind]}"
+    assert counts == {"Conv2D": 6, "SeparableConv2D": 34, "BatchNormalization": 40, "Dense": 2}
+    with h5py.File(tmp_path / "old.h5", "w") as file:
+        file.attrs["layer_names"] = [names.get(layer.name, layer.name).encode() for layer in model.layers]
+        for layer in model.layers:
+            name = names.get(layer.name, layer.name)
+            group = file.create_group(name)
+            leaves = [f"{name}_{old_leaf.get(variable.name, variable.name)}" for variable in layer.weights]
+            group.attrs["weight_names"] = [leaf.encode() for leaf in leaves]
+            for leaf, value in zip(leaves, layer.get_weights(), strict=True):
+                group[leaf] = value
+    network = load_network(tmp_path / "old.h5")
+    images = smooth_images(71)
+    with torch.no_grad():
+        logits = model(images.permute(0, 2, 3, 1))
+    assert relative_error(outputs(network, images), logits) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["tuned.keras", "tuned.h5", "tuned.weights.h5"])
+def test_a_network_inside_another_with_a_head_of_its_own(keras: Any, tmp_path: Path, name: str) -> None:
+    body = keras.applications.Xception(weights=None, include_top=False, pooling="avg", input_shape=(71, 71, 3))
+    tuned = random_weights(
+        keras.Sequential([keras.Input((71, 71, 3)), body, keras.layers.Dropout(0.2), keras.layers.Dense(3)])
+    )
+    save = tuned.save_weights if name.endswith("weights.h5") else tuned.save
+    save(tmp_path / name)
+    images = smooth_images(71)
+    with torch.no_grad():
+        logits = tuned(images.permute(0, 2, 3, 1))
+    network = load_network(tmp_path / name)
+    assert network.num_classes == 3
+    assert relative_error(outputs(network, images), logits) < 1e-4
+
+
+def test_without_a_head_the_network_has_none_unless_asked(keras: Any, tmp_path: Path) -> None:
+    body = keras.applications.Xception(weights=None, include_top=False, input_shape=(71, 71, 3))
+    body.save_weights(tmp_path / "a.weights.h5")
+    network = load_network(tmp_path / "a.weights.h5")
+    assert network.num_classes == 0
+    assert outputs(network, smooth_images(71)).shape == (2, 2048)
+    with pytest.warns(UserWarning, match="has no logistic layer: a new one of 9"):
+        assert outputs(load_network(tmp_path / "a.weights.h5", num_classes=9), smooth_images(71)).shape == (2, 9)
