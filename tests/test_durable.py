@@ -150,11 +150,27 @@ def test_each_writer_of_a_run_keeps_the_old_file_on_a_full_disk(tmp_path: Path, 
         save_weights(module, tmp_path / "averaged.safetensors")
     assert (tmp_path / "averaged.safetensors").read_bytes() == b"old"
 
-    log = MetricsCsv(tmp_path / "metrics.csv")
+
+@pytest.mark.parametrize("columns", ["the same columns", "new columns"])
+def test_rows_of_metrics_wait_for_room(tmp_path: Path, columns: str) -> None:
+    """Neither a full disk nor half a row: training goes on, and the rows come when there is room again."""
+    log, limits = MetricsCsv(tmp_path / "metrics.csv"), resource.getrlimit(resource.RLIMIT_FSIZE)
     log.log_metrics({"loss": 1.0}, step=1)
-    with pytest.raises(CannotWrite):
-        log.log_metrics({f"column {i}": 1.0 for i in range(10_000)}, step=2)
-    assert read_metrics(tmp_path / "metrics.csv") == [{"step": 1.0, "loss": 1.0}]
+    second = {"loss": 2.0} if columns == "the same columns" else {"loss": 2.0, "top1": 0.5}
+    room = (tmp_path / "metrics.csv").stat().st_size + 3
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.warns(UserWarning, match="Rows are kept until it can be"):
+            log.log_metrics(second, step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert read_metrics(tmp_path / "metrics.csv") == [{"step": 1, "loss": 1}]
+    log.log_metrics({"loss": 3.0}, step=3)
+    assert read_metrics(tmp_path / "metrics.csv") == [
+        {"step": 1, "loss": 1},
+        {"step": 2, **second},
+        {"step": 3, "loss": 3},
+    ]
 
 
 def test_weights_are_read_back_as_written(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from xception_pl.data.config import SAMPLE, local_path
 from xception_pl.data.errors import DataError
 from xception_pl.optim.create import create_optimizer
 from xception_pl.recipe import Recipe, RecipeError, load_recipe, schema
+from xception_pl.run.guard import StepGuard
 from xception_pl.run.interrupt import SignalFlag
 
 BASE = """
@@ -153,6 +154,7 @@ def of_trainer(recipe: Recipe, folder: Path) -> Any:
             torch.are_deterministic_algorithms_enabled(),
             torch.backends.cudnn.benchmark,
         ],
+        [trainer.val_check_interval, [x.skip for x in trainer.callbacks if isinstance(x, StepGuard)]],
         [torch.get_float32_matmul_precision(), log.every_n_steps, sorted(type(x).__name__ for x in trainer.callbacks)],
         [type(logger).__name__ for logger in trainer.loggers],
     )
@@ -165,7 +167,7 @@ def of_run(recipe: Recipe, folder: Path) -> Any:
     from xception_pl.run.folder import planned_folder
 
     trainer, _ = build_trainer(recipe, folder, accelerator="cpu", devices=1, signals=SignalFlag())
-    every = [x.save_every_steps for x in trainer.checkpoint_callbacks]
+    every = [(x.save_every_steps, x.save_every_minutes) for x in trainer.checkpoint_callbacks]
     return planned_folder(recipe).parent, every, [type(x).__name__ for x in trainer.loggers]
 
 
@@ -294,11 +296,14 @@ CHANGES: dict[str, tuple[str, dict[str, str]]] = {
     "trainer.limit_train_batches": ("2", {}),
     "trainer.limit_val_batches": ("2", {}),
     "trainer.check_val_every_n_epoch": ("2", {}),
+    "trainer.val_check_interval": ("4", {}),
+    "trainer.skip_nonfinite_steps": ("3", {}),
     "trainer.log_every_n_steps": ("7", {}),
     "trainer.enable_progress_bar": ("false", {}),
     "run.folder": ("elsewhere", {}),
     "run.name": ("named", {}),
     "run.save_every_steps": ("3", {}),
+    "run.save_every_minutes": ("0.5", {}),
     "run.tensorboard": ("false", {}),
     "run.wandb": ("project", {}),
 }

@@ -2,23 +2,27 @@
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from xception_pl.data.datamodule import ImageNetDataModule
 from xception_pl.kernels.choose import use_kernels
 from xception_pl.module import XceptionModule
 from xception_pl.nets.create import create_network
-from xception_pl.recipe import Recipe, RecipeError, flat, to_plain
+from xception_pl.recipe import Recipe, RecipeError
+from xception_pl.run.agreement import Agreement
 from xception_pl.run.checkpoints import Checkpoints, DurableCheckpointIO
 from xception_pl.run.config import TrainerConfig
-from xception_pl.run.interrupt import SignalFlag
+from xception_pl.run.events import Events
+from xception_pl.run.guard import StepGuard
+from xception_pl.run.interrupt import SignalFlag, keep_handlers
 from xception_pl.run.log import RunLog
 from xception_pl.run.metrics_csv import MetricsCsv
 from xception_pl.run.progress import ProgressLine
@@ -106,17 +110,26 @@ def find_devices(config: TrainerConfig) -> tuple[Literal["cpu", "gpu"], int, lis
 
 
 def build_trainer(
-    recipe: Recipe, folder: Path, *, accelerator: str, devices: int, signals: SignalFlag
+    recipe: Recipe,
+    folder: Path,
+    *,
+    accelerator: str,
+    devices: int,
+    signals: SignalFlag,
+    callbacks: Sequence[Callback] = (),
 ) -> tuple[Trainer, RunLog]:
-    """Lightning's Trainer with this project's loggers and callbacks, writing to `folder`."""
+    """Lightning's Trainer with this project's loggers and callbacks (and further ones), writing to `folder`."""
     config = recipe.trainer
     _quiet()
     torch.set_float32_matmul_precision(config.matmul_precision)
     log = RunLog(recipe.data.global_batch, config.log_every_n_steps)
-    callbacks: list[Callback] = [
+    guard = StepGuard(Agreement(signals), config.skip_nonfinite_steps)
+    callbacks = [
         StepSeed(recipe.seed),
+        guard,
         log,
-        Checkpoints(folder / "checkpoints", recipe=recipe, signals=signals),
+        Checkpoints(folder / "checkpoints", recipe=recipe, guard=guard),
+        *callbacks,
     ]
     if config.enable_progress_bar:
         callbacks.append(ProgressLine(log))
@@ -137,6 +150,7 @@ def build_trainer(
         limit_train_batches=config.limit_train_batches,
         limit_val_batches=config.limit_val_batches,
         check_val_every_n_epoch=config.check_val_every_n_epoch,
+        val_check_interval=config.val_check_interval,
         log_every_n_steps=config.log_every_n_steps,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # the plan deals the rows to ranks
@@ -147,6 +161,7 @@ def build_trainer(
         logger=build_loggers(recipe, folder),
         default_root_dir=folder,
     )
+    keep_handlers(trainer)
     return trainer, log
 
 
@@ -155,7 +170,7 @@ def build_loggers(recipe: Recipe, folder: Path) -> list[Logger]:
     folder.mkdir(parents=True, exist_ok=True)
     loggers: list[Logger] = [MetricsCsv(folder / "metrics.csv")]
     if recipe.run.tensorboard:
-        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+        loggers.append(Events(folder, name="", version="tensorboard"))
     if recipe.run.wandb is not None:
         from lightning.pytorch.loggers import WandbLogger
 
@@ -176,40 +191,6 @@ class StepSeed(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         position = (self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0]))
-
-
-def load_for_resume(path: Path, recipe: Recipe) -> list[str]:
-    """Checks that a checkpoint belongs to this recipe; returns what changed since, a line each.
-
-    Raises:
-        RecipeError: where the file is no checkpoint, or the network, seed or batch differ.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        stored = checkpoint["recipe"]
-        changed = _differences(stored, recipe)
-        averaged = bool(stored["optim"]["ema_decay"])
-    except Exception as error:
-        raise RecipeError([f"--resume: {path} is not a checkpoint of a run: {str(error).splitlines()[0]}"]) from error
-    fatal = [f"{name} {how}" for name, how in changed.items() if name.startswith(_FIXED) and name not in _FREE]
-    if averaged != bool(recipe.optim.ema_decay):
-        fatal.append(f"optim.ema_decay {changed['optim.ema_decay']}, and averaging cannot be switched on or off")
-    if fatal:
-        raise RecipeError([f"--resume: {path} was trained with another recipe: {sentence}." for sentence in fatal])
-    return [f"{name} {how}" for name, how in changed.items()]
-
-
-_FIXED = ("seed", "model.", "data.global_batch", "data.source", "optim.name", "optim.l2_on", "optim.loss")
-"""Keys without which a checkpoint's weights, optimiser state or position mean something else."""
-_FREE = ("model.kernels",)
-"""Keys among them that say how to compute the same: another machine may have another answer."""
-
-
-def _differences(stored: dict[str, Any], recipe: Recipe) -> dict[str, str]:
-    """Keys whose values differ, with both."""
-    old, new = flat(stored), flat(to_plain(recipe))
-    names = [*new, *(name for name in old if name not in new)]
-    return {name: f"was {old.get(name)!r} and is {new.get(name)!r}" for name in names if old.get(name) != new.get(name)}
 
 
 def _quiet() -> None:

@@ -79,6 +79,11 @@ class XceptionModule(LightningModule):
         self.train_metrics, self.val_metrics = self._metrics(), self._metrics()
         self.val_metrics["images"] = SumMetric()
 
+    loss_is_finite: Tensor | None = None
+    """Bool scalar: of all losses since whoever reads it, before an optimiser step, set it to None."""
+    skip_update = False
+    """Set by who has taken the gradients of a step away: the averaged weights do not follow either."""
+
     def _metrics(self) -> nn.ModuleDict:
         scores: dict[str, nn.Module]
         if self.optim_config.loss == "sigmoid":
@@ -89,7 +94,8 @@ class XceptionModule(LightningModule):
                 f"top{k}": MulticlassAccuracy(classes, average="micro", top_k=min(k, classes), validate_args=False)
                 for k in (1, 5)
             }
-        return nn.ModuleDict({"loss": MeanMetric(), **scores})
+        # Looking for NaN would wait for the device in each step; training_step leaves out what is not finite.
+        return nn.ModuleDict({"loss": MeanMetric(nan_strategy="disable"), **scores})
 
     @property
     def evaluated(self) -> nn.Module:
@@ -140,7 +146,9 @@ class XceptionModule(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         logits = self.network(self._layout(batch["image"]))
         loss = self.loss(logits, batch.get("target", batch["label"]))
-        _update(self.train_metrics, loss.detach(), logits.detach(), batch["label"])
+        finite = loss.detach().isfinite()
+        self.loss_is_finite = finite if self.loss_is_finite is None else self.loss_is_finite & finite
+        _update(self.train_metrics, loss.detach(), logits.detach(), batch["label"], counts=finite)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -185,7 +193,9 @@ class XceptionModule(LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = rate
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.average is not None:  # here and not at the batch's end: accumulated batches are one update
+        if (
+            self.average is not None and not self.skip_update
+        ):  # here and not at the batch's end: accumulated batches are one update
             self.average.update(self.network)
 
     def train_results(self) -> dict[str, float]:
@@ -216,9 +226,12 @@ def _each(metrics: nn.ModuleDict) -> Iterator[tuple[str, Metric]]:
         yield name, metric
 
 
-def _update(metrics: nn.ModuleDict, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+def _update(metrics: nn.ModuleDict, loss: Tensor, logits: Tensor, labels: Tensor, counts: Tensor | None = None) -> None:
+    """Adds a batch; a loss that does not count (`counts`, a bool scalar on the device) is left out of the mean."""
     for name, metric in _each(metrics):
-        if name == "loss":
+        if name == "loss" and counts is not None:
+            metric.update(torch.where(counts, loss, 0.0), weight=counts * len(labels))
+        elif name == "loss":
             metric.update(loss, weight=len(labels))
         elif name == "images":
             metric.update(len(labels))

@@ -1,10 +1,11 @@
 """A run from its recipe to its final table: prepare, train, report."""
 
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from xception_pl.build import (
     build_data,
@@ -13,15 +14,16 @@ from xception_pl.build import (
     check_network,
     choose_kernels,
     find_devices,
-    load_for_resume,
 )
 from xception_pl.commands import FAILED, Arguments
 from xception_pl.data import native
 from xception_pl.data.config import idle_augment
 from xception_pl.data.datamodule import ImageNetDataModule
 from xception_pl.data.errors import DataError, SourceUnreachable
+from xception_pl.durable import CannotWrite
 from xception_pl.module import XceptionModule
 from xception_pl.recipe import Recipe, RecipeError, check_batch
+from xception_pl.run.checkpoints import Checkpoints, GivenUp
 from xception_pl.run.figures import draw_curves
 from xception_pl.run.folder import (
     find_checkpoint,
@@ -31,10 +33,13 @@ from xception_pl.run.folder import (
     write_description,
     write_results,
 )
+from xception_pl.run.guard import NotFinite
 from xception_pl.run.interrupt import Interrupted, SignalFlag
 from xception_pl.run.log import RunLog
 from xception_pl.run.plan import Plan
 from xception_pl.run.requeue import requeue
+from xception_pl.run.resume import Resumed, load_for_resume
+from xception_pl.weights.safetensors import save_weights
 
 
 @dataclass(kw_only=True)
@@ -48,8 +53,7 @@ class Prepared:
     accelerator: str
     devices: int
     kernels: str
-    checkpoint: Path | None = None
-    changed: list[str] = field(default_factory=list)
+    resumed: Resumed | None = None
 
     @property
     def parameters(self) -> int:
@@ -73,7 +77,7 @@ class Prepared:
             native.load()  # here, once: loader workers find it made
         except native.Unavailable as reason:
             lines.append(f"warning   images are decoded by Pillow, several times slower: {reason}")
-        return lines + [f"changed   {line}" for line in self.changed]
+        return lines + [f"changed   {line}" for line in (self.resumed.lines() if self.resumed is not None else [])]
 
 
 def prepare(recipe: Recipe, *, resume: str | None = None, into: str | None = None, dry_run: bool = False) -> Prepared:
@@ -130,20 +134,19 @@ def prepare(recipe: Recipe, *, resume: str | None = None, into: str | None = Non
         accelerator=accelerator,
         devices=devices,
         kernels=choose_kernels(recipe, module.network, accelerator),
-        checkpoint=checkpoint,
-        changed=[] if checkpoint is None else load_for_resume(checkpoint, recipe),
+        resumed=None if checkpoint is None else load_for_resume(checkpoint, recipe),
     )
 
 
-def train(prepared: Prepared, signals: SignalFlag, *, command: Arguments) -> int:
-    """Trains, evaluates the averaged weights, draws the curves; returns the exit code."""
+def train(prepared: Prepared, signals: SignalFlag, *, command: Arguments, callbacks: Sequence[Callback] = ()) -> int:
+    """Trains, evaluates the averaged weights, draws the curves; returns the exit code. `callbacks` look on."""
     recipe, folder = prepared.plan.recipe, prepared.folder
     trainer, log = build_trainer(
-        recipe, folder, accelerator=prepared.accelerator, devices=prepared.devices, signals=signals
+        recipe, folder, accelerator=prepared.accelerator, devices=prepared.devices, signals=signals, callbacks=callbacks
     )
     if trainer.is_global_zero:
         print("\n".join(prepared.lines()), flush=True)
-        write_description(folder, recipe)
+        write_description(folder, recipe, prepared.resumed)
     code, stopped_by = 0, None
     try:
         _fit_and_evaluate(prepared, trainer, log)
@@ -151,23 +154,45 @@ def train(prepared: Prepared, signals: SignalFlag, *, command: Arguments) -> int
         code, stopped_by = stop.exit_code, stop.signal_name
         if trainer.is_global_zero:
             print("\n".join(_stopped(stop, trainer.global_step, command)), flush=True)
-    except DataError as error:
+    except (DataError, NotFinite, GivenUp) as error:
         code = FAILED
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{_last_good(trainer, error)}", file=sys.stderr)
     if trainer.is_global_zero:
-        draw_curves(folder / "metrics.csv", folder / "curves.png", f"{recipe.run.name}, {folder.name}")
-        if code == 0:
-            write_results(folder, {"steps": trainer.global_step, "parameters": prepared.parameters, **log.latest})
-            print("\n".join(_results(prepared, log)), flush=True)
+        try:
+            _write_results(prepared, trainer, log, finished=code == 0)
+        except CannotWrite as error:
+            code = FAILED
+            print(f"error: {error}", file=sys.stderr)
         if stopped_by == "SIGUSR1" and (requeued := requeue()) is not None:  # last: it ends this process
             print(requeued, flush=True)
     return code
 
 
 def _fit_and_evaluate(prepared: Prepared, trainer: Trainer, log: RunLog) -> None:
-    trainer.fit(prepared.module, datamodule=prepared.data, ckpt_path=prepared.checkpoint, weights_only=True)
+    checkpoint = None if prepared.resumed is None else prepared.resumed.checkpoint
+    trainer.fit(prepared.module, datamodule=prepared.data, ckpt_path=checkpoint, weights_only=True)
     if log.validated_step != trainer.global_step:  # the last epoch was not one of those that are validated
         trainer.validate(prepared.module, datamodule=prepared.data, verbose=False)
+
+
+def _write_results(prepared: Prepared, trainer: Trainer, log: RunLog, *, finished: bool) -> None:
+    """The curves, and for a finished run weights, results and table."""
+    folder = prepared.folder
+    draw_curves(folder / "metrics.csv", folder / "curves.png", f"{prepared.plan.recipe.run.name}, {folder.name}")
+    if finished:
+        save_weights(prepared.module, folder / "checkpoints" / "averaged.safetensors")
+        write_results(folder, {"steps": trainer.global_step, "parameters": prepared.parameters, **log.latest})
+        print("\n".join(_results(prepared, log)), flush=True)
+
+
+def _last_good(trainer: Trainer, error: Exception) -> str:
+    """Where a run that failed can go on."""
+    if isinstance(error, DataError):
+        return ""
+    (checkpoints,) = [callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)]  # type: ignore[attr-defined]
+    if checkpoints.saved is None:
+        return " There is no checkpoint yet."
+    return f" The last good checkpoint is {checkpoints.saved}."
 
 
 def _stopped(stop: Interrupted, step: int, command: Arguments) -> list[str]:

@@ -13,6 +13,7 @@ import yaml
 from xception_pl.ablation.statistics import step_seconds
 from xception_pl.recipe import Recipe, RecipeError, flat, load_recipe, recipe_from_plain, to_plain
 from xception_pl.run.decides import what_decides
+from xception_pl.run.folder import read_starts
 from xception_pl.run.numbers import read_results
 
 
@@ -64,6 +65,10 @@ def read_run(folder: Path) -> Run | Refused:
         return Refused(
             folder=str(folder), reason=f"its recipe cannot be read: {' '.join(str(error).split())}", results={}
         )
+    changed = {key: how for start in read_starts(folder) for key, how in what_decides(start["changed"]).items()}
+    if changed:
+        reason = f"its recipe changed midway: {', '.join(f'{key} {how}' for key, how in changed.items())}"
+        return Refused(folder=str(folder), reason=reason, results={})
     try:
         results = read_results(folder)
     except FileNotFoundError:

@@ -45,6 +45,10 @@ class TrainerConfig:
     """Batches a validation (per device); null for all."""
     check_val_every_n_epoch: int = 1
     """Epochs between validations."""
+    val_check_interval: int | float = 1.0
+    """Validations inside an epoch: a number of batches (per device) between them, or a fraction of the epoch; 1.0 validates at its end."""
+    skip_nonfinite_steps: int = 0
+    """Steps of a run that may be left out because their loss or gradient is NaN or infinite; the next one stops the run."""
     log_every_n_steps: int = 50
     """Optimiser steps between rows of the log."""
     enable_progress_bar: bool = True
@@ -61,6 +65,8 @@ class RunConfig:
     """Name of the run's folder; null takes the recipe's file name."""
     save_every_steps: int = 0
     """Optimiser steps between checkpoints inside an epoch; 0 saves at the end of each epoch only."""
+    save_every_minutes: float = 0.0
+    """Minutes between checkpoints, by rank 0's clock, beside those of save_every_steps; 0 does not look at the clock."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     wandb: str | None = None
@@ -77,6 +83,7 @@ def check_trainer(trainer: TrainerConfig) -> list[str]:
         "limit_train_batches": 1,
         "limit_val_batches": 1,
         "check_val_every_n_epoch": 1,
+        "skip_nonfinite_steps": 0,
         "log_every_n_steps": 1,
     }
     for name, lowest in least.items():
@@ -87,6 +94,7 @@ def check_trainer(trainer: TrainerConfig) -> list[str]:
         problems.append(f"trainer.devices must be at least 1, or auto, not {trainer.devices}.")
     if trainer.max_steps != -1 and trainer.max_steps < 1:
         problems.append(f"trainer.max_steps must be at least 1, or -1 for no limit, not {trainer.max_steps}.")
+    problems += _check_interval(trainer)
     limit, accumulate = trainer.limit_train_batches, trainer.accumulate_grad_batches
     if limit is not None and accumulate > 0 and limit % accumulate:
         problems.append(
@@ -100,11 +108,27 @@ def check_trainer(trainer: TrainerConfig) -> list[str]:
     return problems
 
 
+def _check_interval(trainer: TrainerConfig) -> list[str]:
+    interval, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
+    if isinstance(interval, float) and not 0 < interval <= 1:
+        return [f"trainer.val_check_interval must be a number of batches, or a fraction from 0 to 1, not {interval}."]
+    if isinstance(interval, int) and interval < 1:
+        return [f"trainer.val_check_interval must be at least 1, not {interval}."]
+    if isinstance(interval, int) and accumulate > 0 and interval % accumulate:
+        return [
+            f"trainer.val_check_interval {interval} is no multiple of trainer.accumulate_grad_batches {accumulate}: "
+            "a validation would fall into a step."
+        ]
+    return []
+
+
 def check_run(run: RunConfig) -> list[str]:
     """What is impossible in these values: one sentence each."""
     problems = []
     if run.save_every_steps < 0:
         problems.append(f"run.save_every_steps must be 0 (each epoch's end) or more, not {run.save_every_steps}.")
+    if run.save_every_minutes < 0:
+        problems.append(f"run.save_every_minutes must be 0 (not by the clock) or more, not {run.save_every_minutes}.")
     if run.name is not None and (run.name == ".." or not run.name or Path(run.name).name != run.name):
         problems.append(f"run.name must be a plain folder name, not {run.name!r}.")
     if not _writable(Path(run.folder)):

@@ -9,11 +9,15 @@ import sys
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xception_pl.durable import write_text
 from xception_pl.recipe import Recipe, RecipeError
 
+if TYPE_CHECKING:
+    from xception_pl.run.resume import Resumed
+
+STARTS = "starts.jsonl"
 _SHARED = "XCEPTION_PL_RUN_FOLDER"
 _PACKAGES = ("xception_pl", "torch", "torchvision", "lightning", "torchmetrics", "timm", "datasets", "pyarrow", "numpy")
 
@@ -81,11 +85,30 @@ def folder_of(checkpoint: Path) -> Path | None:
     return folder if checkpoint.parent.name == "checkpoints" and (folder / "recipe.yaml").is_file() else None
 
 
-def write_description(folder: Path, recipe: Recipe) -> None:
-    """Writes the resolved recipe and the environment."""
+def write_description(folder: Path, recipe: Recipe, resumed: "Resumed | None" = None) -> None:
+    """Writes the resolved recipe and the environment, and adds this start to `starts.jsonl`.
+
+    `recipe.yaml` is that of the newest start; a recipe that changed midway is to be seen in `starts.jsonl`: a line a start,
+    with the step, the checkpoint and the keys that changed.
+    """
     (folder / "results.json").unlink(missing_ok=True)  # a finished run that goes on is unfinished again
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    start = {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "step": 0 if resumed is None else resumed.step,
+        "checkpoint": None if resumed is None else str(resumed.checkpoint),
+        "changed": {} if resumed is None else resumed.changed,
+    }
+    starts = folder / STARTS
+    before = starts.read_text(encoding="utf-8") if starts.is_file() else ""
+    write_text(starts, before + json.dumps(start) + "\n")
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """The starts of a run, in order; empty for one of a version that did not note them."""
+    starts = folder / STARTS
+    return [json.loads(line) for line in starts.read_text(encoding="utf-8").splitlines()] if starts.is_file() else []
 
 
 def write_results(folder: Path, results: dict[str, float]) -> None:

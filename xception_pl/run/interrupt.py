@@ -4,8 +4,14 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def number_of(name: str | None) -> int:
+    """Number of a signal; 0 for None."""
+    return 0 if name is None else signal.Signals[name].value
 
 
 class Interrupted(Exception):
@@ -35,7 +41,7 @@ class Interrupted(Exception):
     @property
     def exit_code(self) -> int:
         """128 and the signal's number, as shells report it; 1 where steps were lost."""
-        return 128 + signal.Signals[self.signal_name].value if self.lost is None else 1
+        return 128 + number_of(self.signal_name) if self.lost is None else 1
 
 
 class SignalFlag:
@@ -61,3 +67,13 @@ class SignalFlag:
             raise KeyboardInterrupt
         if self.received is None:
             self.received, self.at = signal.Signals(number).name, time.monotonic()
+
+
+def keep_handlers(trainer: Any) -> None:
+    """Leaves the signals of a Lightning Trainer to SignalFlag.
+
+    Lightning 2.6.6 puts handlers of its own over those it finds, which broadcast inside the handler and end the run
+    without saving, and asks rank 0, at each batch, whether it got a SIGTERM, waiting for the device.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from xception_pl.data.datamodule import ImageNetDataModule
 from xception_pl.module import XceptionModule
+from xception_pl.run.guard import StepGuard
 from xception_pl.run.metrics_csv import MetricsCsv
 
 
@@ -24,13 +25,17 @@ class RunLog(Callback):
         self.latest: dict[str, float] = {}
         self._clock = _Clock()
         self._logged_step = 0
+        self._validation_due = False
         self.validated_step = -1
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._validation_due = checkpoint.get("validation_due", False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._logged_step = trainer.global_step
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCsv):
-                logger.drop_after(trainer.global_step)
+                logger.drop_after(trainer.global_step, validation=self._validation_due)
         self._clock.restart()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,6 +58,9 @@ class RunLog(Callback):
                 "images_per_second": steps * self.global_batch / self._clock.seconds(),
                 "data_wait": self._clock.wait_share(),
             }
+            for guard in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(guard, StepGuard) and guard.skip:
+                    row["skipped_steps"] = guard.skipped
             self._write(trainer, row)
             self._clock.restart()
             self._logged_step = trainer.global_step

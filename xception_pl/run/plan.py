@@ -53,6 +53,22 @@ class Plan:
                 f"data.global_batch {batch} is more than the {images} training images: an epoch would have no step; "
                 "choose a smaller batch."
             ]
+        return self._interval_problems()
+
+    def _interval_problems(self) -> list[str]:
+        interval, accumulate = self.recipe.trainer.val_check_interval, self.recipe.trainer.accumulate_grad_batches
+        if self.epoch_steps is None:
+            return []
+        batches = self.epoch_steps * accumulate
+        if isinstance(interval, int) and interval > batches:
+            return [
+                f"trainer.val_check_interval {interval} is more than the {batches} batches of an epoch; choose fewer."
+            ]
+        if isinstance(interval, float) and max(1, int(batches * interval)) % accumulate:
+            return [
+                f"trainer.val_check_interval {interval} of {batches} batches is {max(1, int(batches * interval))}, no multiple of "
+                f"trainer.accumulate_grad_batches {accumulate}: a validation would fall into a step."
+            ]
         return []
 
     def lines(self, *, parameters: int, hardware: str, learning_rate: Callable[[int], float], folder: str) -> list[str]:
