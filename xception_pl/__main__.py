@@ -2,6 +2,8 @@
 
 COMMANDS = {
     "fit": "train what a recipe describes",
+    "evaluate": "exactly how good weights are, with a report to look at",
+    "predict": "classes, features and heat maps of pictures",
     "reproduce": "each claim of the paper beside what finished runs measured",
     "ablate": "run and compare variants of a recipe over seeds",
     "spectrum": "cost of each number of channel segments, from Inception to Xception",

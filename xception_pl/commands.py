@@ -1,11 +1,12 @@
 """What all commands share: their arguments and how they end. Imports no torch."""
 
+import argparse
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from xception_pl.recipe import Recipe, RecipeError, describe, load_recipe, nearest, schema
 
@@ -96,6 +97,13 @@ def split_arguments(
     return arguments
 
 
+class Parser(argparse.ArgumentParser):
+    """For commands that take no recipe: says what is wrong in one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISTAKE, f"error: {message}\n")
+
+
 def recipe_help(command: str, summary: str, own: dict[str, str]) -> str:
     """Help of a command that takes a recipe: its own options, then every key with type, default and unit."""
     lines = [
@@ -133,6 +141,19 @@ def plain_text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return words[value]
     return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, where that is a terminal; yields what is told of each few images that are done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda count: progress.advance(task, count)
 
 
 @contextmanager

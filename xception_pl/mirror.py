@@ -7,20 +7,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from xception_pl.commands import FAILED, MISTAKE, one_sentence_errors
+from xception_pl.commands import FAILED, Parser, one_sentence_errors
 from xception_pl.data.errors import DataError
 
 if TYPE_CHECKING:
     from xception_pl.data.copying import Encoding
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(MISTAKE, f"error: {message}\n")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

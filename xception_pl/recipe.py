@@ -121,9 +121,17 @@ def load_recipe(
     return recipe
 
 
-def recipe_from_plain(plain: dict[str, Any]) -> Recipe:
-    """The inverse of `to_plain`, as strict as `load_recipe`, without its checks of this machine."""
-    recipe, problems = _typed(dict(_flatten(plain, "", "stored recipe")))
+def recipe_from_plain(plain: dict[str, Any], where: str = "stored recipe") -> Recipe:
+    """The inverse of `to_plain`, as strict as `load_recipe`, without its checks of this machine.
+
+    Args:
+        plain: The values; what is missing has its default.
+        where: They come from, for messages.
+
+    Raises:
+        RecipeError: with one sentence for each mistake.
+    """
+    recipe, problems = _typed(dict(_flatten(plain, "", where)))
     if problems:
         raise RecipeError(list(problems.values()))
     return recipe

@@ -11,7 +11,7 @@ from tests.prediction.conftest import shipped
 from xception_pl.data.decode import eval_image
 from xception_pl.prediction.pictures import Picture, find_pictures
 from xception_pl.prediction.pipeline import Outcome, Output, chained, outcomes
-from xception_pl.prediction.prepare import Prepare
+from xception_pl.weights.ready import Prepare
 
 CPU = torch.device("cpu")
 SEEN: list[int] = []

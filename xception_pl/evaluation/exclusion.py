@@ -88,6 +88,8 @@ def _paths(split: Split) -> Iterable[str | None]:
     found: list[str | None] = []
     for url in split.files:
         with fsspec.open(url, "rb") as file:
-            column = pq.read_table(file, columns=[f"{split.image_column}.path"])[split.image_column]
-        found += [image["path"] if image is not None else None for image in column.to_pylist()]
+            table = pq.ParquetFile(file).read(columns=[f"{split.image_column}.path"])
+        if split.image_column not in table.column_names:
+            return [None] * split.images
+        found += [image["path"] if image is not None else None for image in table[split.image_column].to_pylist()]
     return found

@@ -20,7 +20,7 @@ from xception_pl.data.loader import PlannedLoader
 from xception_pl.data.source import Split
 from xception_pl.data.stream import open_cache
 from xception_pl.evaluation.scores import Scores, joined, score
-from xception_pl.prediction.prepare import scaled
+from xception_pl.weights.ready import scaled
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

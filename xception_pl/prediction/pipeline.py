@@ -13,7 +13,7 @@ from torch import Tensor
 from xception_pl.data.decode import DecodeError, Pixels
 from xception_pl.data.errors import DataError
 from xception_pl.prediction.pictures import Picture
-from xception_pl.prediction.prepare import Prepare, scaled, stacked
+from xception_pl.weights.ready import Prepare, scaled, stacked
 
 _AHEAD_BATCHES = 3
 

@@ -16,6 +16,7 @@ from xception_pl.weights.keras import KERAS
 from xception_pl.weights.layout import OURS, Layout
 from xception_pl.weights.mismatch import likely_cause, mismatch_table
 from xception_pl.weights.read import read_weights
+from xception_pl.weights.ready import ready
 from xception_pl.weights.stored import Stored, WeightsError
 from xception_pl.weights.timm import TIMM, common_name
 
@@ -67,7 +68,7 @@ def load_network(source: str | Path | nn.Module, *, num_classes: int | None = No
         )
         network.reset_classifier(num_classes)
         network.class_names = None
-    return network.eval()
+    return ready(network).eval()
 
 
 def _recognise(stored: Stored) -> tuple[dict[str, Tensor], Layout]:

@@ -1,4 +1,4 @@
-"""From pictures of any kind to what the network takes."""
+"""A network that takes pictures of any kind: prepared as its weights expect them."""
 
 from collections.abc import Iterable, Sequence
 from os import PathLike
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from xception_pl.data.config import DataConfig
 from xception_pl.data.decode import DecodeError, Pixels, eval_image
+from xception_pl.nets.xception import Xception
 
 Picture = str | PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
 """What `Prepare` makes pixels of."""
@@ -28,6 +29,8 @@ class Prepare:
     """
 
     def __init__(self, image_size: int, eval_crop: str, channels: int) -> None:
+        if channels not in (1, 3):
+            raise ValueError(f"the network takes images of {channels} channels, and pictures have 1 or 3.")
         self.config = DataConfig(image_size=image_size, eval_crop=eval_crop)  # type: ignore[arg-type]
         self.channels = channels
 
@@ -58,6 +61,17 @@ def _from_array(array: npt.NDArray[Any]) -> Image.Image:
             "or a tensor that is already prepared."
         )
     return Image.fromarray(array)
+
+
+def prepare_for(network: Any, *, eval_crop: str | None = None, image_size: int | None = None) -> Prepare:
+    """What prepares pictures for a network that `load_network` gave; a crop or size given here wins over its own.
+
+    Raises:
+        ValueError: it takes images of other than one or three channels.
+    """
+    channels = next(module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d))
+    own = network.preprocessing
+    return Prepare(image_size or own.image_size, eval_crop or own.eval_crop, channels)
 
 
 def stacked(pixels: Sequence[Pixels]) -> Tensor:
@@ -130,3 +144,27 @@ def _prepared(prepare: Prepare, picture: Picture, index: int) -> Pixels:
         raise ValueError(f"there is no file {what}.") from error
     except (DecodeError, OSError) as error:
         raise ValueError(f"{what}: {error}.") from error
+
+
+class ReadyXception(Xception):
+    """An Xception with the weights of a file: it knows how pictures are prepared for them, and takes them as they are."""
+
+    def predict(self, images: Any, *, batch: int = 32) -> Tensor:
+        """Probabilities (N, K) of pictures of any kind, float32 on the CPU; `class_names` tells what the columns are.
+
+        Args:
+            images: one or a list of paths, Pillow images or uint8 arrays (H, W[, 3]), cropped and resized as
+                `preprocessing` says; or a tensor (B, C, H, W) or (C, H, W), taken as it is: uint8, or float in [-1, 1].
+            batch: images at once.
+
+        Raises:
+            ValueError: it is no picture, or cannot be decoded: the sentence says which and why.
+        """
+        return predict(self, images, prepare_for(self), batch=batch)
+
+
+def ready(network: Xception) -> Xception:
+    """The same network, with `predict` if it is an Xception."""
+    if type(network) is Xception:
+        network.__class__ = ReadyXception
+    return network

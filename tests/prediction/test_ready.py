@@ -11,7 +11,7 @@ from tests.prediction.conftest import photograph, shipped
 from xception_pl import Xception
 from xception_pl.data.config import DataConfig
 from xception_pl.data.decode import eval_image
-from xception_pl.prediction.prepare import Prepare, predict, scaled
+from xception_pl.weights.ready import Prepare, predict, scaled
 
 PREPARE = Prepare(71, "tf-slim", 3)
 

@@ -1,0 +1,171 @@
+"""The predict command on real JPEGs, PNGs and junk."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from tests.evaluation.test_evaluate import write_weights
+from xception_pl import load_network
+from xception_pl.predict import main
+
+NAMES = ["cat", "dog", "eel, electric"]
+GOOD = ["a.jpg", "b.JPEG", "c.png", "sub/g.png"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_weights(tmp_path_factory.mktemp("weights") / "w.safetensors", 0, NAMES))
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = main([*arguments, "--device", "cpu"])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def of_json(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_folder_in_order_with_what_is_bad_named(
+    weights: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, weights, str(folder), "--format", "jsonl", "--top", "2", "--batch", "3")
+    assert code == 1
+    lines = of_json(out)
+    assert [line["image"] for line in lines] == [str(folder / name) for name in GOOD]
+    expected = load_network(weights).predict([folder / name for name in GOOD])  # type: ignore[operator]
+    for line, probabilities in zip(lines, expected, strict=True):
+        top = probabilities.sort(descending=True)
+        assert [item["class"] for item in line["predictions"]] == top.indices[:2].tolist()
+        assert [item["name"] for item in line["predictions"]] == [NAMES[i] for i in top.indices[:2]]
+        assert [item["probability"] for item in line["predictions"]] == pytest.approx(top.values[:2].tolist(), abs=1e-5)
+    complaints = err.splitlines()
+    assert [Path(line.partition(": ")[0]).name for line in complaints[:3]] == ["d.jpg", "e.jpg", "f.png"]
+    assert complaints[3] == "error: 3 of 7 pictures were left out."
+
+
+def test_good_pictures_alone_are_success(weights: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, weights, str(folder / "a.jpg"), str(folder / "sub"))
+    assert (code, err) == (0, "")
+    first, second = out.splitlines()
+    assert first.endswith("%")
+    assert first.startswith("…")
+    assert "a.jpg" in first
+    assert "g.png" in second
+
+
+def test_formats_say_the_same(weights: str, folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = [weights, *(str(folder / name) for name in GOOD), "--features"]
+    for ending in ("csv", "jsonl", "parquet"):
+        assert run(capsys, *arguments, "--output", str(tmp_path / f"out.{ending}"))[:2] == (0, "")
+    lines = of_json((tmp_path / "out.jsonl").read_text())
+    table = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    rows = list(csv.DictReader((tmp_path / "out.csv").open(newline="")))
+    network = load_network(weights)
+    for line, row, cells in zip(lines, table, rows, strict=True):
+        assert line["image"] == row["image"] == cells["image"]
+        assert [item["name"] for item in line["predictions"]] == [row[f"name_{n}"] for n in (1, 2, 3)]
+        assert [item["class"] for item in line["predictions"]] == [int(cells[f"class_{n}"]) for n in (1, 2, 3)]
+        assert line["features"] == pytest.approx(row["features"])
+        assert [float(cells[f"f{i}"]) for i in range(len(row["features"]))] == pytest.approx(row["features"], rel=1e-6)
+        assert len(row["features"]) == network.num_features
+        logits = network.fc(torch.tensor(row["features"]))
+        assert logits.softmax(0).max().item() == pytest.approx(row["probability_1"], abs=1e-5)
+
+
+def test_a_list_on_standard_input(
+    weights: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{folder}/c.png\n{folder}/a.jpg\n"))
+    code, out, _ = run(capsys, weights, "-", "--format", "jsonl")
+    assert code == 0
+    assert [line["image"] for line in of_json(out)] == [f"{folder}/c.png", f"{folder}/a.jpg"]
+
+
+def test_heat_maps(weights: str, folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    plain = run(capsys, weights, str(folder), "--format", "jsonl")
+    assert run(capsys, weights, str(folder), "--format", "jsonl", "--gradcam", str(tmp_path / "maps"))[0] == 1
+    names = [Path(line["image"]).stem for line in of_json(plain[1])]
+    labels = [line["predictions"][0]["name"].replace(", ", "-") for line in of_json(plain[1])]
+    numbers = [0, 1, 2, 6]
+    written = sorted(path.name for path in (tmp_path / "maps").iterdir())
+    assert written == [
+        f"{n:06}_{name}_{label}.png" for n, name, label in zip(numbers, names, labels, strict=True)
+    ]  # the number is the picture's place in the input
+    with Image.open(tmp_path / "maps" / written[0]) as image:
+        assert image.size == (71, 71)
+        assert np.asarray(image).std() > 5
+
+
+@pytest.mark.parametrize("options", [["--fast"], ["--fast", "--features"]])
+def test_fast_is_the_same(weights: str, folder: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    plain = of_json(run(capsys, weights, str(folder), "--format", "jsonl")[1])
+    fast = of_json(run(capsys, weights, str(folder), "--format", "jsonl", *options)[1])
+    for one, other in zip(plain, fast, strict=True):
+        assert [p["class"] for p in one["predictions"]] == [p["class"] for p in other["predictions"]]
+        assert [p["probability"] for p in one["predictions"]] == pytest.approx(
+            [p["probability"] for p in other["predictions"]], abs=1e-4
+        )
+
+
+@pytest.mark.slow
+def test_compiled_is_the_same(weights: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = of_json(run(capsys, weights, str(folder), "--format", "jsonl")[1])
+    compiled = of_json(run(capsys, weights, str(folder), "--format", "jsonl", "--compile", "--batch", "3")[1])
+    for one, other in zip(plain, compiled, strict=True):
+        assert one["predictions"][0]["class"] == other["predictions"][0]["class"]
+        assert one["predictions"][0]["probability"] == pytest.approx(other["predictions"][0]["probability"], abs=1e-4)
+
+
+def test_rows_of_the_shipped_images(capsys: pytest.CaptureFixture[str], weights: str, tmp_path: Path) -> None:
+    output = tmp_path / "rows.csv"
+    assert run(capsys, weights, "sample", "--top", "1", "--output", str(output), "--batch", "64")[0] == 0
+    rows = list(csv.DictReader(output.open(newline="")))
+    assert [row["image"] for row in rows] == [f"split 'test' of sample:{i}" for i in range(1000)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["gone.jpg", "--features"], "--features are too many numbers for a table"),
+        (["gone.jpg", "--output", "x.doc"], "--output x.doc ends in none of .csv"),
+        (["gone.jpg", "--format", "parquet"], "--output FILE.parquet"),
+        (["gone.jpg", "--top", "0"], "--top 0 is below 1"),
+        (["gone.jpg", "--gradcam", "maps", "--fast"], "--gradcam needs the gradients"),
+        (["*.nothing"], "No file matches *.nothing"),
+        (["gone.jpg", "--device", "tpu9"], "--device tpu9 is not there"),
+    ],
+)
+def test_mistakes_are_sentences(
+    capsys: pytest.CaptureFixture[str], weights: str, arguments: list[str], sentence: str
+) -> None:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([weights, *arguments])
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert sentence in printed
+    assert len(printed.splitlines()) == 1
+
+
+def test_weights_that_are_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "gone.safetensors"), "a.jpg"])
+    assert "gone.safetensors" in capsys.readouterr().err
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from xception_pl.predict import parse\ntry: parse(['--help'])\nfinally: assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
