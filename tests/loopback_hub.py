@@ -1,8 +1,9 @@
-"""A Hugging Face hub on this machine: its protocol over HTTP for one dataset, with faults at will and requests counted.
+"""A Hugging Face hub on this machine: its protocol over HTTP for one repository, with faults at will and requests counted.
 
 `HF_ENDPOINT=hub.url` lets `load_dataset("ILSVRC/imagenet-1k", streaming=True)` run unchanged against it.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -29,7 +30,7 @@ Fault = Callable[[BaseHTTPRequestHandler, bytes], bool]
 
 @dataclass
 class LoopbackHub:
-    """Serves the files of a folder as the dataset `repo`.
+    """Serves the files of a folder as the dataset `repo`, or as a model, which takes small files too.
 
     `earlier` holds the files of commits before `commit`, which `main` is; their files are served, not listed.
     `faults` are asked in turn for every read of a file. `token`, when set, is demanded as the hub does for a gated set.
@@ -37,6 +38,7 @@ class LoopbackHub:
 
     folder: Path
     repo: str = "ILSVRC/imagenet-1k"
+    kind: str = "dataset"
     commit: str = "a" * 40
     earlier: dict[str, Path] = field(default_factory=dict)
     token: str | None = None
@@ -120,9 +122,10 @@ class _Handler(BaseHTTPRequestHandler):
         bearer = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if bearer:
             hub.seen_tokens.add(bearer)
-        api = f"/api/datasets/{hub.repo}"
-        if path.startswith(f"/datasets/{hub.repo}/resolve/"):
-            revision, _, name = path.removeprefix(f"/datasets/{hub.repo}/resolve/").partition("/")
+        api = f"/api/{hub.kind}s/{hub.repo}"
+        files = f"{'' if hub.kind == 'model' else f'/{hub.kind}s'}/{hub.repo}/resolve/"
+        if path.startswith(files):
+            revision, _, name = path.removeprefix(files).partition("/")
             if self._refused(revision, needs_access=True):
                 return
             self._file(name, hub.earlier.get(revision, hub.folder))
@@ -130,6 +133,9 @@ class _Handler(BaseHTTPRequestHandler):
             kind, _, rest = path.removeprefix(api).strip("/").partition("/")
             hub.counted(f"api/{kind}")
             revision, _, folder = rest.partition("/")
+            if kind in ("preupload", "commit"):
+                self._take(kind, body)
+                return
             if kind in ("revision", "tree", "paths-info") and self._refused(revision):
                 return
             if kind in ("", "revision"):
@@ -142,9 +148,25 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json(entries + [_folder(name) for name in sorted(wanted & self._folders())])
             else:
                 self._error(404, "EntryNotFound")
+        elif path in ("/api/repos/create", "/api/validate-yaml"):
+            self._json({"url": f"{hub.url}/{hub.repo}", "id": hub.repo, "errors": [], "warnings": []})
         else:
             hub.counted("elsewhere")
             self._error(401 if "/api/" in path else 404, "RepoNotFound")
+
+    def _take(self, kind: str, body: bytes) -> None:
+        """An upload, each file as text in the commit itself."""
+        if kind == "preupload":
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            self._json({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]})
+            return
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                path = self.hub.folder / line["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(line["value"]["content"]))
+        commit = f"{self.hub.url}/{self.hub.repo}/commit/{self.hub.commit}"
+        self._json({"commitUrl": commit, "commitOid": self.hub.commit, "hookOutput": ""})
 
     def _refused(self, revision: str, needs_access: bool = False) -> bool:
         if revision not in ("main", self.hub.commit, self.hub.commit[:7], *self.hub.earlier):

@@ -1,5 +1,9 @@
 """Xception as an encoder: decoders written for timm's networks take it as they take timm's own."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -132,3 +136,41 @@ def test_as_a_classifier() -> None:
     assert network(torch.randn(2, 1, 71, 71)).shape == (2, 5)
     assert timm.data.resolve_data_config(model=network)["mean"] == (0.5, 0.5, 0.5)
     assert network.get_submodule(network.default_cfg["classifier"]) is network.get_classifier()
+
+
+def test_importing_the_package_is_enough_before_or_after_timm() -> None:
+    for imports in ("import xception_pl, timm", "import timm, xception_pl", "import timm.models, xception_pl"):
+        code = f"{imports}; print(timm.is_model('xception_pl'), timm.create_model('xception_pl.xception', width=0.125).num_classes)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout == "True 1000\n", done.stderr
+
+
+def test_the_package_alone_imports_neither_timm_nor_torch() -> None:
+    code = "import sys, xception_pl; print({'timm', 'torch'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_timms_arguments_do_what_they_say(tmp_path: Path) -> None:
+    network = Xception(5, **SMALL).eval()  # type: ignore[arg-type]
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    at = {"file": str(tmp_path / "weights.pth"), "num_classes": 5}
+    images = torch.randn(2, 3, 71, 71)
+    same = timm.create_model("xception_pl.xception", pretrained=True, pretrained_cfg_overlay=at, **SMALL).eval()
+    assert torch.equal(same(images), network(images))
+    other = timm.create_model(
+        "xception_pl", pretrained=True, pretrained_cfg_overlay=at, num_classes=7, in_chans=1, drop_rate=0.4, **SMALL
+    ).eval()
+    assert other(images[:, :1]).shape == (2, 7)
+    assert other.dropout.p == 0.4
+    assert torch.equal(other.block1.conv1.weight, network.block1.conv1.weight.sum(1, keepdim=True))  # timm's adaptation
+    assert torch.equal(other.block3.sepconv1.pointwise.weight, network.block3.sepconv1.pointwise.weight)
+    maps = timm.create_model(
+        "xception_pl", pretrained=True, pretrained_cfg_overlay=at, features_only=True, **SMALL
+    ).eval()
+    for y, expected in zip(maps(images), network.forward_intermediates(images)[1], strict=True):
+        assert torch.equal(y, expected)
+    unpooled = timm.create_model("xception_pl", num_classes=0, global_pool="", **SMALL).eval()
+    unpooled.load_state_dict(network.state_dict(), strict=False)
+    assert torch.equal(unpooled(images), network.forward_features(images))
+    with pytest.raises(ValueError, match="global_pool='max' is unknown"):
+        timm.create_model("xception_pl", global_pool="max", **SMALL)

@@ -135,9 +135,8 @@ def test_names_of_the_first_release(keras: Any, tmp_path: Path, monkeypatch: pyt
     model = random_weights(
         keras.applications.Xception(weights=None, classifier_activation=None, classes=4, input_shape=(71, 71, 3))
     )
-    old_class = {  # lower-case and without underscores
-        "Conv2D": "convolution2d", "SeparableConv2D": "separableconvolution2d", "BatchNormalization": "batchnormalization", "Dense": "dense",
-    }  # fmt: skip
+    old_class = {name: name.lower().replace("conv2d", "convolution2d") for name in ("Conv2D", "SeparableConv2D")}
+    old_class |= {name: name.lower() for name in ("BatchNormalization", "Dense")}
     old_leaf = {"kernel": "W", "bias": "b", "moving_mean": "running_mean", "moving_variance": "running_std"}
     counts = dict.fromkeys(old_class, 0) | {"Dense": 1}  # the release's file calls it dense_2
     names = {}

@@ -1,8 +1,9 @@
-"""Xception under timm's roof: importing this module makes it known to timm as `xception_pl`.
+"""Xception under timm's roof: importing this module makes it known to timm as `xception_pl` or `xception_pl.xception`.
 
-Whatever is built for timm's networks then takes it by that name: ``timm.create_model("xception_pl", features_only=True,
-out_indices=(1, 2, 3, 4), output_stride=16)`` gives an encoder for a decoder of segmentation or detection, with
-`feature_info.channels()` and `.reduction()`; segmentation_models_pytorch calls it ``tu-xception_pl``.
+`import xception_pl` does so too, as soon as timm is imported. Whatever is built for timm's networks then takes it by that
+name: ``timm.create_model("xception_pl", features_only=True, out_indices=(1, 2, 3, 4), output_stride=16)`` gives an encoder
+for a decoder of segmentation or detection, with `feature_info.channels()` and `.reduction()`; segmentation_models_pytorch
+calls it ``tu-xception_pl``.
 """
 
 from typing import Any
@@ -14,7 +15,8 @@ from xception_pl.nets.xception import Xception
 
 default_cfgs = generate_default_cfgs(
     {
-        "xception_pl": {
+        "xception_pl.xception": {
+            "num_classes": 1000,
             "input_size": (3, 299, 299),
             "min_input_size": (3, 71, 71),
             "pool_size": (10, 10),
@@ -29,15 +31,24 @@ default_cfgs = generate_default_cfgs(
 
 @register_model  # type: ignore[untyped-decorator]
 def xception_pl(
-    pretrained: bool = False, *, drop_rate: float = 0.0, pad_stem: bool = False, **options: Any
+    pretrained: bool = False,
+    *,
+    drop_rate: float = 0.0,
+    global_pool: str = "avg",
+    pad_stem: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """The paper's Xception, with timm's arguments and the keywords of :class:`~xception_pl.nets.xception.Xception`.
 
-    No weights belong to the name: build the network, then load a state dict.
+    No weights belong to the name alone: `pretrained` needs a `pretrained_cfg` that says where they are, such as
+    ``{"file": "…/averaged.safetensors"}`` or ``{"hf_hub_id": "owner/name"}``, with our names for the tensors; or take all
+    from a folder that `python -m xception_pl.export --to hub-folder` wrote, as ``local-dir:FOLDER`` or ``hf-hub:owner/name``.
+    Weights of other origin go through :func:`xception_pl.load_network`.
 
     Args:
-        pretrained: has to be False.
+        pretrained: load those weights; another number of classes or channels is adapted as timm does it.
         drop_rate: dropout before the logistic layer.
+        global_pool: "avg", or "" for none, which needs ``num_classes=0``.
         pad_stem: pad the stem's two convolutions, which Figure 5 does not, so that a 128-pixel image gives maps of 64,
             32, 16, 8 and 4 pixels instead of 61, 31, 16, 8 and 4. Some decoders (DeepLabV3+, FPN, U-Net++) need this.
         options: what timm and Xception take.
@@ -45,6 +56,8 @@ def xception_pl(
 
     def network(**keywords: Any) -> Xception:
         xception = Xception(**keywords)
+        if global_pool != "avg":
+            xception.reset_classifier(keywords.get("num_classes", 1000), global_pool)
         if pad_stem:
             xception.block1.conv1.padding = xception.block1.conv2.padding = (1, 1)
         return xception

@@ -3,7 +3,11 @@
 import re
 import warnings
 
+from torch import nn
+
 from xception_pl.nets.config import ModelConfig
+from xception_pl.nets.convs import SegmentedConv2d
+from xception_pl.nets.xception import Stem, Xception
 from xception_pl.weights.layout import OURS, Layout
 from xception_pl.weights.stored import Stored, WeightsError
 
@@ -66,6 +70,31 @@ def infer_model(stored: Stored, layout: Layout) -> ModelConfig:
     return model
 
 
+def model_of(network: Xception) -> ModelConfig:
+    """The model section of a recipe that makes an equal network. Widths that round to the same channels are equal.
+
+    Raises:
+        WeightsError: the network is no whole Xception: pruned, padded at the stem, or its batch norm folded.
+    """
+    stem, first = network.block1, network.get_submodule("block3.sepconv1")
+    whole = isinstance(stem, Stem) and isinstance(first, SegmentedConv2d) and stem.conv1.padding == (0, 0)
+    if not whole or not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        raise WeightsError(
+            "this network is no whole Xception: it was pruned, padded or folded; take the one it was made from"
+        )
+    assert isinstance(first, SegmentedConv2d)
+    names = {nn.Identity: "none", nn.ReLU: "relu", nn.ELU: "elu"}
+    stored = Stored("the network", "a network", network.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = infer_model(stored, OURS)
+    model.dropout = network.dropout.p
+    model.numerics = network.numerics
+    model.intermediate_activation = names[type(first.activation)]  # type: ignore[assignment]
+    model.output_stride = network.feature_info[-1]["reduction"]
+    return model
+
+
 def _width(widths: dict[int, int]) -> tuple[float, int]:
     """`width` and `channel_multiple` that make these channel counts of Figure 5's; (1, 8) where none do.
 
@@ -79,5 +108,6 @@ def _width(widths: dict[int, int]) -> tuple[float, int]:
         low = max(0 if count == multiple else (count - multiple / 2) / channels for channels, count in widths.items())
         high = min((count + multiple / 2) / channels for channels, count in widths.items())
         if low < high:
-            return (low + high) / 2, multiple
+            middle = (low + high) / 2
+            return next((round(middle, d) for d in range(1, 9) if low <= round(middle, d) < high), middle), multiple
     return 1.0, 8

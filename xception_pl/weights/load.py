@@ -34,7 +34,8 @@ def load_network(source: str | Path | nn.Module, *, num_classes: int | None = No
     (`network.preprocessing`), and the names of its classes (`network.class_names`, None where the file has none).
 
     Args:
-        source: a file, or timm's `legacy_xception` as an object.
+        source: a file, a folder of a finished run or as the hub keeps it, the id of a repository of the hub (`owner/name`
+            or `owner/name@revision`), or timm's `legacy_xception` as an object.
         num_classes: outputs wanted. Where the file has another number, the logistic layer is replaced by a new one, and
             a warning says so.
         raw: the last step's weights instead of the averaged ones, of files that hold both.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from xception_pl.weights.hub import WEIGHT_FILES, as_hub_id, fetch_weights
 from xception_pl.weights.keras import WEIGHTS_MEMBER, read_keras_archive, read_keras_hdf5
 from xception_pl.weights.safetensors import read_safetensors
 from xception_pl.weights.stored import Stored, WeightsError
@@ -24,11 +25,23 @@ def read_weights(source: str | Path | nn.Module) -> Stored:
     if isinstance(source, nn.Module):
         return Stored(f"the given {type(source).__name__}", "a network", source.state_dict())
     path = Path(source).expanduser()
-    if path.is_file():
-        return _read_file(path, str(source))
     if path.is_dir():
-        raise WeightsError(f"{source} is a folder: give the file of weights in it.")
-    raise WeightsError(f"there is no file {source}.")
+        path = _in_folder(path)
+    elif not path.exists():
+        hub_id = as_hub_id(str(source))
+        if hub_id is None:
+            raise WeightsError(f"there is no file {source}, and no repository of the hub is called so.")
+        path = fetch_weights(hub_id)
+    return _read_file(path, str(source))
+
+
+def _in_folder(folder: Path) -> Path:
+    """The weights in a folder as the hub keeps it, or in that of a finished run."""
+    names = (*WEIGHT_FILES, "checkpoints/averaged.safetensors")
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise WeightsError(f"the folder {folder} has none of {', '.join(names)}: give the file of weights itself.")
+    return found
 
 
 def _read_file(path: Path, source: str) -> Stored:

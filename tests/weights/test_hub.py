@@ -1,0 +1,165 @@
+"""Repositories of weights, on a hub of this machine: fetched, pushed, read by timm."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from tests.loopback_hub import LoopbackHub, status
+from tests.weights.conftest import SMALL, outputs, randomise, smooth_images
+from tests.weights.test_load import NAMES, assert_same_weights
+from xception_pl import PretrainedXception, Xception, load_network
+from xception_pl.nets.preprocessing import Preprocessing
+from xception_pl.weights.hub import as_hub_id, write_hub_folder
+
+REPO = "someone/xception-small"
+
+
+@pytest.fixture
+def named(small: Xception) -> Xception:
+    small.class_names = NAMES
+    small.preprocessing = Preprocessing(image_size=96, eval_crop="resize")
+    return small
+
+
+@pytest.fixture
+def hub(tmp_path: Path, named: Xception, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    folder = tmp_path / "repository"
+    write_hub_folder(named, folder)
+    with LoopbackHub(folder, REPO, kind="model") as hub:
+        hub.attract(monkeypatch, tmp_path / "cache")
+        yield hub
+
+
+def assert_equal(network: Xception, named: Xception) -> None:
+    assert_same_weights(network, named)
+    assert torch.equal(outputs(network, smooth_images(96)), outputs(named, smooth_images(96)))
+    assert (network.class_names, network.preprocessing) == (NAMES, named.preprocessing)
+
+
+def test_an_id_gives_the_network(hub: LoopbackHub, named: Xception) -> None:
+    for source in (REPO, f"{REPO}@main", f"hf-hub:{REPO}"):
+        assert_equal(load_network(source), named)
+    assert hub.reads == {"model.safetensors": 1}  # the second and third come from the cache
+
+
+def test_a_folder_gives_the_network(hub: LoopbackHub, named: Xception) -> None:
+    assert_equal(load_network(hub.folder), named)
+
+
+def test_a_repository_with_old_weights_only(hub: LoopbackHub, named: Xception) -> None:
+    (hub.folder / "model.safetensors").unlink()
+    torch.save(named.state_dict(), hub.folder / "pytorch_model.bin")
+    with pytest.warns(UserWarning, match="no description"):
+        assert_same_weights(load_network(REPO), named)
+    (hub.folder / "pytorch_model.bin").rename(hub.folder / "other.bin")
+    hub.commit = "b" * 40  # the cache has what the last one held
+    with pytest.raises(ValueError, match=r"has no model.safetensors or pytorch_model.bin\.$"):
+        load_network(REPO)
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        (
+            "someone/else",
+            r"^there is no file someone/else, and no repository of the hub of this name, or it is private",
+        ),
+        (f"{REPO}@v9", "has no revision v9"),
+        ("some where/else", "^there is no file some where/else, and no repository of the hub is called so"),
+        ("nothing.pth", "^there is no file nothing.pth"),
+        ("a..b/c--d", "the hub takes no such name"),
+    ],
+)
+def test_what_is_not_there(hub: LoopbackHub, source: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        load_network(source)
+
+
+def test_gated_failing_and_absent_hubs(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.token = "secret"
+    with pytest.raises(ValueError, match=f"{REPO} is gated: accept its terms"):
+        load_network(REPO)
+    hub.token = None
+    hub.faults.append(status(500))
+    with pytest.raises(ValueError, match=r"hub refuses .* with status 500"):
+        load_network(REPO)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}",
+    )
+    with pytest.raises(ValueError, match=r"hub cannot be reached|hub does not answer"):
+        load_network(REPO)
+
+
+def test_what_is_an_id() -> None:
+    assert as_hub_id("timm/legacy_xception.tf_in1k") == ("timm/legacy_xception.tf_in1k", None)
+    assert as_hub_id("hf_hub:a/b@v1.0") == ("a/b", "v1.0")
+    for text in ("a", "a/b/c", "/a/b", "../b", "./b", "a/b@", ""):
+        assert as_hub_id(text) is None
+
+
+def test_the_mixins_methods(hub: LoopbackHub, named: Xception, tmp_path: Path) -> None:
+    network = PretrainedXception.from_pretrained(REPO)
+    assert isinstance(network, PretrainedXception)
+    assert_equal(network, named)
+    assert not network.training
+    with torch.no_grad():
+        network.fc.weight.add_(1)
+    network.save_pretrained(tmp_path / "saved")
+    assert_equal(PretrainedXception.from_pretrained(tmp_path / "saved"), network)
+    network.push_to_hub(REPO, token="mine")
+    assert hub.seen_tokens == {"mine"}
+    assert_equal(load_network(hub.folder), network)
+    with pytest.warns(UserWarning, match="new one of 3"):
+        assert PretrainedXception.from_pretrained(REPO, num_classes=3).fc.out_features == 3
+
+
+def test_a_new_network_can_be_saved(tmp_path: Path) -> None:
+    options = {
+        "segments": 4,
+        "residual": False,
+        "intermediate_activation": "elu",
+        "output_stride": 16,
+        "numerics": "torch",
+    }
+    network = PretrainedXception(3, 1, dropout=0.1, fc_units=(6,), **SMALL | options)
+    randomise(network)
+    network.save_pretrained(tmp_path / "saved")
+    again = load_network(tmp_path / "saved")
+    assert again.dropout.p == 0.1
+    assert torch.equal(outputs(again, smooth_images(96, 1)), outputs(network, smooth_images(96, 1)))
+
+
+def test_the_card_has_the_runs_numbers_or_says_that_there_are_none(named: Xception, tmp_path: Path) -> None:
+    write_hub_folder(named, tmp_path / "a")
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "Not evaluated." in card
+    assert "5 classes: ant, bee, cat, dog, emu." in card
+    write_hub_folder(named, tmp_path / "a", {"steps": 7, "val_top1": 0.88512, "val_loss": 0.5, "train_top1": 0.9})
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "| top1 | 0.8851 |\n| loss | 0.5 |" in card
+    assert "Not evaluated" not in card
+    assert "train" not in card.partition("## Results")[2].partition("## Use")[0]
+
+
+def test_timm_reads_folder_and_repository(hub: LoopbackHub, named: Xception) -> None:
+    for name in (f"local-dir:{hub.folder}", f"hf-hub:{REPO}"):
+        network = timm.create_model(name, pretrained=True).eval()
+        assert torch.equal(outputs(network, smooth_images(96)), outputs(named, smooth_images(96)))
+        assert network.pretrained_cfg["label_names"] == NAMES
+    config = timm.data.resolve_data_config(model=network)
+    assert (config["input_size"], config["crop_pct"], config["crop_mode"]) == ((3, 96, 96), 1.0, "squash")
+    assert (config["mean"], config["std"]) == ([0.5] * 3, [0.5] * 3)
+    assert json.loads((hub.folder / "config.json").read_text())["architecture"] == "xception_pl"
+
+
+def test_weights_with_pytorchs_numerics_keep_them_in_timm(tmp_path: Path) -> None:
+    network = randomise(Xception(5, numerics="torch", **SMALL))
+    write_hub_folder(network, tmp_path)  # type: ignore[arg-type]
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(outputs(again, smooth_images(96)), outputs(network, smooth_images(96)))

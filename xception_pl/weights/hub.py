@@ -1,0 +1,192 @@
+"""The hub's repositories of weights: fetched, and written as a folder that this package and timm read."""
+
+import importlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xception_pl.durable import write_text
+from xception_pl.nets.xception import Xception
+from xception_pl.weights.described import describe
+from xception_pl.weights.infer import model_of
+from xception_pl.weights.safetensors import write_safetensors
+from xception_pl.weights.stored import WeightsError
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+"""What a repository may call its weights, the best first."""
+
+_CROPS: dict[str, dict[str, Any]] = {
+    "tf-slim": {"crop_pct": 0.875, "interpolation": "bilinear", "crop_mode": "center"},
+    "timm": {"crop_pct": 0.8975, "interpolation": "bicubic", "crop_mode": "center"},
+    "keras": {"crop_pct": 1.0, "interpolation": "nearest", "crop_mode": "squash"},
+    "resize": {"crop_pct": 1.0, "interpolation": "bilinear", "crop_mode": "squash"},
+}
+"""Our evaluation crops as timm can say them; TF-Slim's takes 87.5 % of each side, timm's nearest of the shorter."""
+
+
+def as_hub_id(source: str) -> tuple[str, str | None] | None:
+    """Repository and revision, where a text is an id such as `owner/name`, `owner/name@revision`, or timm's `hf-hub:…`."""
+    found = re.fullmatch(r"(?:hf[-_]hub:)?([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", source)
+    return (found[1], found[2]) if found else None
+
+
+def fetch_weights(hub_id: tuple[str, str | None], **options: Any) -> Path:
+    """The file of weights of a repository, in the hub's own cache.
+
+    Args:
+        hub_id: from `as_hub_id`.
+        options: of `huggingface_hub.hf_hub_download`: token, cache_dir, force_download, local_files_only.
+
+    Raises:
+        WeightsError: there is no such repository, or it has no weights, is not for this user, or cannot be reached.
+    """
+    from huggingface_hub import get_session, hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repo, revision = hub_id
+    # the client went from requests to httpx to httpx2: ask its session whose errors it raises
+    library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
+    unanswered = getattr(library, "TransportError", None) or library.RequestException
+    for name in WEIGHT_FILES:
+        try:
+            return Path(hf_hub_download(repo, name, revision=revision, **options))
+        except LocalEntryNotFoundError as error:
+            raise WeightsError(
+                f"the hub cannot be reached for {repo}, which is not in its cache here: try again."
+            ) from error
+        except EntryNotFoundError:
+            continue
+        except GatedRepoError as error:
+            raise WeightsError(
+                f"{repo} is gated: accept its terms on the hub and log in with `hf auth login`."
+            ) from error
+        except RepositoryNotFoundError as error:
+            raise WeightsError(
+                f"there is no file {repo}, and no repository of the hub of this name, or it is private: log in with `hf auth login`."
+            ) from error
+        except RevisionNotFoundError as error:
+            raise WeightsError(f"the repository {repo} has no revision {revision}.") from error
+        except HFValidationError as error:
+            raise WeightsError(f"there is no file {repo}, and the hub takes no such name.") from error
+        except HfHubHTTPError as error:
+            raise WeightsError(
+                f"the hub refuses {repo} with status {error.response.status_code}: try again."
+            ) from error
+        except unanswered as error:
+            raise WeightsError(f"the hub does not answer for {repo} ({type(error).__name__}): try again.") from error
+    raise WeightsError(f"the repository {repo} has no {' or '.join(WEIGHT_FILES)}.")
+
+
+def write_hub_folder(network: Xception, folder: Path, results: Mapping[str, Any] | None = None) -> None:
+    """Writes `config.json`, `model.safetensors` and the model card `README.md`.
+
+    Args:
+        network: with `preprocessing` and `class_names` as the card and the configuration shall say them.
+        folder: made where it is missing.
+        results: the run's `results.json`; None for weights that were not evaluated.
+
+    Raises:
+        WeightsError: the network is no whole Xception.
+    """
+    described = describe(model_of(network), network.preprocessing, network.class_names)
+    write_safetensors(folder / WEIGHT_FILES[0], network.state_dict(), described)
+    write_text(folder / "config.json", json.dumps(timm_config(network, described), indent=2) + "\n")
+    write_text(folder / "README.md", model_card(network, described, results))
+
+
+def timm_config(network: Xception, described: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` as timm reads it; what else our weights need is in the safetensors' metadata."""
+    model, size = described["model"], network.preprocessing.image_size
+    arguments = (
+        "in_chans", "width", "channel_multiple", "middle_blocks", "residual", "intermediate_activation", "segments", "fc_units",
+        "output_stride", "numerics",
+    )  # fmt: skip
+    config: dict[str, Any] = {
+        "architecture": "xception_pl",
+        "num_classes": network.num_classes,
+        "num_features": network.num_features,
+        "global_pool": network.global_pool,
+        "model_args": {name: model[name] for name in arguments if model[name] is not None},
+        "pretrained_cfg": {
+            "tag": "xception",
+            "input_size": [model["in_chans"], size, size],
+            "min_input_size": [model["in_chans"], 71, 71],
+            "fixed_input_size": False,
+            "pool_size": [-(-size // model["output_stride"])] * 2,
+            "mean": [0.5] * model["in_chans"],
+            "std": [0.5] * model["in_chans"],
+            "num_classes": network.num_classes,
+            "first_conv": "block1.conv1",
+            "classifier": "fc",
+            **_CROPS[network.preprocessing.eval_crop],
+        },
+    }
+    if network.class_names is not None:
+        config["label_names"] = network.class_names
+    return config
+
+
+def model_card(network: Xception, described: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
+    """The README of a repository: what the weights are, what they scored, how to use them."""
+    model, preprocessing = described["model"], network.preprocessing
+    scores = {name: value for name, value in (results or {}).items() if name.startswith("val_")}
+    table = ["| measure, held-out images | value |", "|---|---|"]
+    table += [f"| {name.removeprefix('val_')} | {_number(value)} |" for name, value in scores.items()]
+    numbers = "\n".join(table) if scores else "Not evaluated."
+    options = ", ".join(
+        f"{name} {model[name]}"
+        for name in ("width", "middle_blocks", "segments", "output_stride", "numerics")
+        if model[name] is not None
+    )
+    classes = (
+        ", ".join(network.class_names[:20]) + (", …" if len(network.class_names) > 20 else "")
+        if network.class_names
+        else "not named"
+    )
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return f"""---
+library_name: xception_pl
+pipeline_tag: image-classification
+tags: [image-classification, xception, timm]
+---
+
+# Xception
+
+[Xception](https://arxiv.org/abs/1610.02357) (Chollet, CVPR 2017), {parameters:,} parameters, {network.num_classes} classes: {classes}.
+Network: {options}.
+
+## Results
+
+{numbers}
+
+Images: evaluation crop `{preprocessing.eval_crop}`, {preprocessing.image_size} pixels a side, scaled to [-1, 1].
+
+## Use
+
+```python
+from xception_pl import load_network
+
+network = load_network("OWNER/NAME")  # or this folder; network.preprocessing, network.class_names
+```
+
+```python
+import timm
+import xception_pl  # makes the network known to timm
+
+network = timm.create_model("hf-hub:OWNER/NAME", pretrained=True)  # or local-dir:FOLDER
+```
+"""
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
