@@ -8,7 +8,7 @@ COMMANDS = {
     "ablate": "run and compare variants of a recipe over seeds",
     "spectrum": "cost of each number of channel segments, from Inception to Xception",
     "mirror": "copy a hub dataset to local Parquet, verified",
-    "bench": "measure decoding and data loading beside timm and torchvision",
+    "bench": "speed of training, inference and data beside other libraries and the machine's ceiling",
 }
 
 

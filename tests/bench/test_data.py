@@ -66,6 +66,6 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main([str(tmp_path)]) == 2
     assert "holds no .jpg, .jpeg, .png, .webp file: name a folder of images." in capsys.readouterr().err
     assert bench.main(["speed"]) == 2
-    assert "'speed' is no measurement: choose one of data." in capsys.readouterr().err
+    assert "'speed' is no measurement: choose one of train, infer, fit, data." in capsys.readouterr().err
     assert bench.main(["--help"]) == 0
     assert "python -m xception_pl.bench WHAT" in capsys.readouterr().out

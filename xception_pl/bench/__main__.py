@@ -3,7 +3,12 @@
 import sys
 from importlib import import_module
 
-MEASUREMENTS = {"data": "JPEG files to training crops and batches: this package, timm and torchvision"}
+MEASUREMENTS = {
+    "train": "training steps: this package, timm and Keras, beside what the machine allows",
+    "infer": "inference: this package, timm, Keras, ONNX Runtime and OpenVINO, beside what the machine allows",
+    "fit": "a recipe: input alone, compute alone, both through the Trainer, and which of them bounds it",
+    "data": "JPEG files to training crops and batches: this package, timm and torchvision",
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -13,7 +18,7 @@ def main(arguments: list[str]) -> int:
         return status
     asked_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
     lines = ["usage: python -m xception_pl.bench WHAT [--help]", ""]
-    lines += [f"  {name}  {what}" for name, what in MEASUREMENTS.items()]
+    lines += [f"  {name:<7}{what}" for name, what in MEASUREMENTS.items()]
     if arguments and not asked_for_help:
         lines.append(f"\n{arguments[0]!r} is no measurement: choose one of {', '.join(MEASUREMENTS)}.")
     print("\n".join(lines), file=sys.stdout if asked_for_help else sys.stderr)

@@ -1,5 +1,6 @@
 """What a network costs, counted and not measured: no weights are read and no image is needed."""
 
+from collections.abc import Callable
 from copy import deepcopy
 
 import torch
@@ -37,21 +38,26 @@ def activation_bytes(network: nn.Module, image: tuple[int, int, int]) -> int:
     the batch.
     """
     network = deepcopy(network).to("meta").train()
-    weights = {tensor.untyped_storage()._cdata for tensor in network.state_dict().values()}
     dtype = next(network.parameters()).dtype
 
     def kept(batch: int) -> int:
-        sizes: dict[int, int] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                sizes[storage._cdata] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = network(torch.empty(batch, *image, dtype=dtype, device="meta"))
-        del output  # until here it kept the saved tensors, and so their addresses, alive
-        return sum(sizes.values())
+        return saved_bytes(lambda: network(torch.empty(batch, *image, dtype=dtype, device="meta")), network)
 
     return kept(3) - kept(2)
+
+
+def saved_bytes(forward: Callable[[], Tensor], network: nn.Module) -> int:
+    """Bytes that a forward pass saves for the backward pass, without the network's parameters and buffers."""
+    weights = {tensor.untyped_storage()._cdata for tensor in network.state_dict().values()}
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = forward()
+    del output  # until here it kept the saved tensors, and so their addresses, alive
+    return sum(sizes.values())
