@@ -577,16 +577,24 @@ def test_submitting_needs_sbatch(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert not Path("runs").exists()
 
 
-def test_submitting_hands_the_script_to_sbatch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_submitting_hands_the_script_to_sbatch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
-    sbatch.write_text(f"#!/bin/sh\nhead -n 1 $1 >{tmp_path}/submitted\nexit $(cat {tmp_path}/code)\n")
+    script = f"head -n 1 $2 >{tmp_path}/submitted; echo 17; echo no such partition >&2; exit $(cat {tmp_path}/code)"
+    sbatch.write_text(f"#!/bin/sh\n{script}\n")
     sbatch.chmod(sbatch.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
-    for code in (0, 1):
-        (tmp_path / "code").write_text(str(code))
-        assert main(["tiny.yaml", "--slurm", "--submit"]) == code
+    (tmp_path / "code").write_text("0")
+    assert main(["tiny.yaml", "--slurm", "--submit"]) == 0
     assert (tmp_path / "submitted").read_text() == "#!/bin/bash\n"
+    assert "submitted job array 17\n" in capsys.readouterr().out
+    (tmp_path / "code").write_text("1")
+    with pytest.raises(SystemExit) as ended:
+        main(["tiny.yaml", "--slurm", "--submit"])
+    assert ended.value.code == 2
+    assert "no such partition" in capsys.readouterr().err
 
 
 def test_nothing_left_to_submit(capsys: pytest.CaptureFixture[str]) -> None:

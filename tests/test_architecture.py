@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "weights": {"nets", "optim", "module", "data"},
     "prediction": {"data", "weights", "nets", "kernels"},
     "evaluation": {"data", "nets", "weights", "prediction"},
-    "run": {"recipe", "module", "data", "weights"},
+    "run": {"recipe", "commands", "module", "nets", "data", "weights"},
     "ablation": {"recipe", "run"},
     "build": {"recipe", "module", "nets", "kernels", "data", "weights", "run"},
     "training": {"recipe", "commands", "module", "data", "weights", "run", "build"},

@@ -148,10 +148,10 @@ def test_the_paper_is_planned_without_network_token_or_gpu(
     for line in (
         "22,855,952 parameters",
         "1,281,167 training and 50,000 held-out images",
-        "256 = 8 devices × 32 × 1 accumulated",
+        "256 = 1 devices × 32 × 8 accumulated",
         "5,004 an epoch (143 images left out), 500,400 in 100 epochs",
         "0.045 at the start, 0.0101925 in the middle, 0.00217009 at the end",
-        "unchecked trainer.devices 8",
+        "unchecked trainer.devices 1 on trainer.accelerator gpu",
         "unchecked",
     ):
         assert line in printed

@@ -2,6 +2,7 @@
 
 COMMANDS = {
     "fit": "train what a recipe describes",
+    "submit": "train it as a SLURM job, on one node or many",
     "evaluate": "exactly how good weights are, with a report to look at",
     "predict": "classes, features and heat maps of pictures",
     "reproduce": "each claim of the paper beside what finished runs measured",

@@ -1,8 +1,6 @@
 """`python -m xception_pl.ablate FILE`: variants × seeds of a recipe, one after another or as a SLURM array, compared."""
 
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ from xception_pl.ablation.runs import Runner, State, find_state, last_words, log
 from xception_pl.ablation.slurm import array_script
 from xception_pl.commands import FAILED, Arguments, one_sentence_errors, recipe_help, split_arguments
 from xception_pl.recipe import RecipeError
+from xception_pl.run.slurm import need_sbatch, sbatch
 
 _OPTIONS = {
     "--dry-run": "list the runs, by index, and what is finished, and stop",
@@ -146,8 +145,8 @@ def _result(ablation: Ablation, state: State) -> str:
 
 def _slurm(ablation: Ablation, arguments: Arguments) -> int:
     submit = "submit" in arguments.flags
-    if submit and shutil.which("sbatch") is None:
-        raise RecipeError(["--submit: there is no sbatch on this machine; leave it out to only write the script."])
+    if submit:
+        need_sbatch()
     unfinished = [index for index, cell in enumerate(ablation.cells) if not find_state(cell).finished]
     if not unfinished:
         raise RecipeError([f"all {len(ablation.cells)} runs are finished; leave out --slurm to write the report."])
@@ -163,7 +162,8 @@ def _slurm(ablation: Ablation, arguments: Arguments) -> int:
     script.write_text(text, encoding="utf-8")
     print(f"written to {script}: {len(unfinished)} of {len(ablation.cells)} runs", flush=True)
     if submit:
-        return FAILED if subprocess.run(["sbatch", script]).returncode else 0
+        print(f"submitted job array {sbatch(script)}")
+        return 0
     print(f"submit it with: sbatch {shlex.quote(str(script))}")
     return 0
 

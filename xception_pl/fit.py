@@ -24,16 +24,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals = SignalFlag()
     signals.install()  # before the slow imports: a signal that comes during them ends the run before its first step
     from xception_pl.commands import one_sentence_errors, recipe_help, split_arguments
+    from xception_pl.run.launcher import find_launcher
+    from xception_pl.run.ranks import Ranks
 
     argv = sys.argv[1:] if argv is None else argv
     if not argv or {"-h", "--help"} & set(argv):
         print(recipe_help("fit", "Trains what a recipe describes.", _OPTIONS))
         return 0
     with one_sentence_errors():
+        ranks = Ranks(find_launcher())
         arguments = split_arguments(argv, flags=("dry-run", "print-config"), options=("resume", "into"))
-        recipe = arguments.load()
+        recipe = ranks.decide(arguments.load)
     if "print-config" in arguments.flags:
-        print(recipe.to_yaml(), end="")
+        if ranks.rank == 0:
+            print(recipe.to_yaml(), end="")
         return 0
 
     from xception_pl.training import prepare, train
@@ -41,11 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     dry_run = "dry-run" in arguments.flags
     resume, into = arguments.options.get("resume"), arguments.options.get("into")
     with one_sentence_errors(ValueError):
-        prepared = prepare(recipe, resume=resume, into=into, dry_run=dry_run)
+        prepared = prepare(recipe, resume=resume, into=into, dry_run=dry_run, ranks=ranks)
     if dry_run:
-        print("\n".join(prepared.lines()))
+        if ranks.rank == 0:
+            print("\n".join(prepared.lines()))
         return 0
-    return train(prepared, signals, command=arguments)
+    return train(prepared, signals, command=arguments, ranks=ranks)
 
 
 if __name__ == "__main__":

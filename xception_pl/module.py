@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from xception_pl.metrics import MeanAveragePrecisionAtK
 from xception_pl.nets.config import ModelConfig
 from xception_pl.nets.create import create_network
+from xception_pl.nets.step_statistics import StepStatistics
 from xception_pl.optim.averaging import PolyakAverage
 from xception_pl.optim.config import OptimConfig
 from xception_pl.optim.create import create_optimizer
@@ -78,6 +79,7 @@ class XceptionModule(LightningModule):
         self.val_loss = loss_function(replace(self.optim_config, label_smoothing=0.0))
         self.train_metrics, self.val_metrics = self._metrics(), self._metrics()
         self.val_metrics["images"] = SumMetric()
+        self._statistics: StepStatistics | None = None
 
     loss_is_finite: Tensor | None = None
     """Bool scalar: of all losses since whoever reads it, before an optimiser step, set it to None."""
@@ -144,7 +146,13 @@ class XceptionModule(LightningModule):
         return images.contiguous(memory_format=torch.channels_last) if self.model_config.channels_last else images
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits = self.network(self._layout(batch["image"]))
+        if self._statistics is None:  # outside a Trainer's fit
+            logits = self.network(self._layout(batch["image"]))
+        else:
+            last = not self.trainer.fit_loop._should_accumulate()
+            self._statistics.batch_begins(last=last)
+            logits = self.network(self._layout(batch["image"]))
+            self._statistics.batch_ends(last=last)
         loss = self.loss(logits, batch.get("target", batch["label"]))
         finite = loss.detach().isfinite()
         self.loss_is_finite = finite if self.loss_is_finite is None else self.loss_is_finite & finite
@@ -174,6 +182,7 @@ class XceptionModule(LightningModule):
         return create_optimizer(self.optim_config, self.network)
 
     def on_train_start(self) -> None:
+        self._statistics = StepStatistics(self.network)  # here the network is on its device
         # A checkpoint restores the optimiser's settings with its state: a recipe changed since (and named by the plan)
         # must win.
         (optimizer,) = self.trainer.optimizers
@@ -193,9 +202,10 @@ class XceptionModule(LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = rate
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if (
-            self.average is not None and not self.skip_update
-        ):  # here and not at the batch's end: accumulated batches are one update
+        if self._statistics is not None:
+            self._statistics.step_ends()
+        # Here and not at the batch's end: accumulated batches are one update.
+        if self.average is not None and not self.skip_update:
             self.average.update(self.network)
 
     def train_results(self) -> dict[str, float]:

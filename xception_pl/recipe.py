@@ -163,18 +163,43 @@ def check(recipe: Recipe, skip: Collection[str] = ()) -> list[str]:
         )
     if not problems and not skip and recipe.trainer.devices != "auto":
         problems += check_batch(recipe, recipe.trainer.devices)
+    if recipe.data.retry_seconds >= recipe.trainer.timeout_seconds and not {"data", "trainer"} & set(skip):
+        problems.append(
+            f"data.retry_seconds {recipe.data.retry_seconds:g} must be less than trainer.timeout_seconds "
+            f"{recipe.trainer.timeout_seconds}: the other devices would give up a device that still tries to read."
+        )
     return problems
 
 
-def check_batch(recipe: Recipe, devices: int) -> list[str]:
-    """Whether the global batch divides over `devices` a node, nodes and accumulated batches."""
-    nodes, accumulate = recipe.trainer.num_nodes, recipe.trainer.accumulate_grad_batches
-    if recipe.data.global_batch % (devices * nodes * accumulate) == 0:
-        return []
-    return [
-        f"data.global_batch {recipe.data.global_batch} does not divide by trainer.devices {devices} × trainer.num_nodes {nodes} × "
-        f"trainer.accumulate_grad_batches {accumulate} = {devices * nodes * accumulate}; choose a multiple of that."
-    ]
+def check_batch(recipe: Recipe, devices: int, nodes: int | None = None) -> list[str]:
+    """Whether the global batch divides over `devices` a node, nodes (None: the recipe's) and accumulated batches."""
+    if nodes is None:
+        nodes = 1 if recipe.trainer.num_nodes == "auto" else recipe.trainer.num_nodes
+    batch, fixed = recipe.data.global_batch, recipe.trainer.accumulate_grad_batches
+    accumulate, most = 1 if fixed == "auto" else fixed, recipe.trainer.max_device_batch
+    parts = devices * nodes * accumulate
+    if batch % parts:
+        accumulated = "" if fixed == "auto" else f" × trainer.accumulate_grad_batches {accumulate}"
+        return [
+            f"data.global_batch {batch} does not divide by trainer.devices {devices} × trainer.num_nodes {nodes}{accumulated} = "
+            f"{parts}; choose a multiple of that."
+        ]
+    if most is not None and fixed != "auto" and batch // parts > most:
+        return [
+            f"trainer.max_device_batch is {most}, but data.global_batch {batch} on {devices * nodes} devices with "
+            f"trainer.accumulate_grad_batches {fixed} is {batch // parts} a device; set trainer.accumulate_grad_batches to auto."
+        ]
+    return []
+
+
+def accumulated_batches(recipe: Recipe, ranks: int) -> int:
+    """Micro-batches an optimiser step on that many devices: the recipe's, or the fewest that trainer.max_device_batch allows."""
+    if recipe.trainer.accumulate_grad_batches != "auto":
+        return recipe.trainer.accumulate_grad_batches
+    a_device, most = recipe.data.global_batch // ranks, recipe.trainer.max_device_batch
+    if most is None:
+        return 1
+    return next(count for count in range(1, a_device + 1) if a_device % count == 0 and a_device // count <= most)
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -1,9 +1,11 @@
 """A run from its recipe to its final table: prepare, train, report."""
 
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lightning.pytorch import Callback, Trainer
 
@@ -14,6 +16,7 @@ from xception_pl.build import (
     check_network,
     choose_kernels,
     find_devices,
+    find_nodes,
 )
 from xception_pl.commands import FAILED, Arguments
 from xception_pl.data import native
@@ -25,18 +28,13 @@ from xception_pl.module import XceptionModule
 from xception_pl.recipe import Recipe, RecipeError, check_batch
 from xception_pl.run.checkpoints import Checkpoints, GivenUp
 from xception_pl.run.figures import draw_curves
-from xception_pl.run.folder import (
-    find_checkpoint,
-    folder_of,
-    given_folder,
-    planned_folder,
-    write_description,
-    write_results,
-)
+from xception_pl.run.folder import choose_output, write_description, write_results
 from xception_pl.run.guard import NotFinite
 from xception_pl.run.interrupt import Interrupted, SignalFlag
+from xception_pl.run.launcher import Launcher
 from xception_pl.run.log import RunLog
 from xception_pl.run.plan import Plan
+from xception_pl.run.ranks import Ranks, first_to_fail
 from xception_pl.run.requeue import requeue
 from xception_pl.run.resume import Resumed, load_for_resume
 from xception_pl.weights.safetensors import save_weights
@@ -52,6 +50,7 @@ class Prepared:
     folder: Path
     accelerator: str
     devices: int
+    nodes: int
     kernels: str
     resumed: Resumed | None = None
 
@@ -62,10 +61,9 @@ class Prepared:
 
     def lines(self) -> list[str]:
         """The plan as text."""
-        nodes = self.plan.recipe.trainer.num_nodes
         lines = self.plan.lines(
             parameters=self.parameters,
-            hardware=f"{self.devices} × {self.accelerator}" + (f" × {nodes} nodes" if nodes > 1 else ""),
+            hardware=f"{self.devices} × {self.accelerator}" + (f" × {self.nodes} nodes" if self.nodes > 1 else ""),
             learning_rate=self.module.learning_rate,
             folder=f"{self.folder}/",
         )
@@ -80,40 +78,79 @@ class Prepared:
         return lines + [f"changed   {line}" for line in (self.resumed.lines() if self.resumed is not None else [])]
 
 
-def prepare(recipe: Recipe, *, resume: str | None = None, into: str | None = None, dry_run: bool = False) -> Prepared:
-    """Asks the machine and the source, and builds what trains.
+@dataclass(frozen=True, kw_only=True)
+class _Machine:
+    """The devices of the job."""
+
+    accelerator: Literal["cpu", "gpu"]
+    devices: int
+    nodes: int
+    missing: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What one rank asked of the source for all."""
+
+    unreachable: list[str]
+    class_weights: list[float] | None
+
+
+def prepare(
+    recipe: Recipe,
+    *,
+    resume: str | None = None,
+    into: str | None = None,
+    dry_run: bool = False,
+    ranks: Ranks | None = None,
+) -> Prepared:
+    """Asks the machine and the source, and builds what trains; the ranks of a job agree on all of it.
 
     Raises:
-        RecipeError, ValueError: with a sentence for each thing that makes the run impossible. A dry run only notes the
+        RecipeError: with a sentence for each thing that makes the run impossible. A dry run only notes the
             devices that are missing here and a source that cannot be reached.
     """
-    folder = None if into is None else given_folder(into, resume)
-    checkpoint = None if resume is None else find_checkpoint(resume, recipe, into=folder)
-    if folder is None and checkpoint is not None:
-        folder = folder_of(checkpoint)
-    accelerator, devices, missing = find_devices(recipe.trainer)
-    problems = check_batch(recipe, devices) + check_network(recipe) + ([] if dry_run else missing)
+    ranks = ranks or Ranks(None)
+    output = ranks.first(lambda: choose_output(recipe, resume, into))
+    machine = ranks.decide(lambda: _find_machine(recipe, ranks.launcher, dry_run=dry_run), ValueError)
+    data = build_data(recipe, ranks=machine.devices * machine.nodes)
+    source = ranks.first(
+        lambda: _ask_source(data, dry_run=dry_run), ValueError
+    )  # hundreds at once would be turned away
+    data.share(ranks.first)
+    return ranks.decide(lambda: _build(recipe, machine, data, source, *output), ValueError)
+
+
+def _find_machine(recipe: Recipe, launcher: Launcher | None, *, dry_run: bool) -> _Machine:
+    accelerator, devices, missing = find_devices(recipe.trainer, launcher)
+    nodes, alone = find_nodes(recipe.trainer, launcher)
+    missing = missing + alone
+    problems = check_batch(recipe, devices, nodes) + check_network(recipe) + ([] if dry_run else missing)
     if problems:
         raise RecipeError(problems)
-    data = build_data(recipe)
-    unchecked = missing if dry_run else []
-    images: tuple[int | None, int | None] = (recipe.data.train_images, recipe.data.val_images)
-    class_names: list[str] | None = None
-    class_weights: list[float] | None = None
+    return _Machine(accelerator=accelerator, devices=devices, nodes=nodes, missing=missing)
+
+
+def _ask_source(data: ImageNetDataModule, *, dry_run: bool) -> _Source:
     try:
         data.prepare()
-        images, class_names = (data.train_images, data.val_images), list(data.class_names)
-        class_weights = data.class_weights()
+        return _Source(unreachable=[], class_weights=data.class_weights())
     except SourceUnreachable as error:
         if not dry_run:
             raise
-        unchecked = [*unchecked, str(error)]
+        return _Source(unreachable=[str(error)], class_weights=None)
+
+
+def _build(
+    recipe: Recipe, machine: _Machine, data: ImageNetDataModule, source: _Source, folder: Path, checkpoint: Path | None
+) -> Prepared:
+    known = not source.unreachable
     plan = Plan(
         recipe=recipe,
-        ranks=devices * recipe.trainer.num_nodes,
-        train_images=images[0],
-        val_images=images[1],
-        unchecked=unchecked,
+        ranks=machine.devices * machine.nodes,
+        train_images=data.train_images if known else recipe.data.train_images,
+        val_images=data.val_images if known else recipe.data.val_images,
+        unchecked=machine.missing + source.unreachable,
     )
     if plan.problems():
         raise RecipeError(plan.problems())
@@ -121,8 +158,8 @@ def prepare(recipe: Recipe, *, resume: str | None = None, into: str | None = Non
         recipe,
         images_per_epoch=plan.train_images,
         total_steps=plan.total_steps,
-        class_names=class_names,
-        class_weights=class_weights,
+        class_names=list(data.class_names) if known else None,
+        class_weights=source.class_weights,
     )
     if plan.total_steps is not None and plan.train_images is not None:
         module.learning_rate(plan.total_steps - 1)  # refuses stairs shorter than a step
@@ -130,19 +167,35 @@ def prepare(recipe: Recipe, *, resume: str | None = None, into: str | None = Non
         plan=plan,
         data=data,
         module=module,
-        folder=folder or planned_folder(recipe),
-        accelerator=accelerator,
-        devices=devices,
-        kernels=choose_kernels(recipe, module.network, accelerator),
+        folder=folder,
+        accelerator=machine.accelerator,
+        devices=machine.devices,
+        nodes=machine.nodes,
+        kernels=choose_kernels(recipe, module.network, machine.accelerator),
         resumed=None if checkpoint is None else load_for_resume(checkpoint, recipe),
     )
 
 
-def train(prepared: Prepared, signals: SignalFlag, *, command: Arguments, callbacks: Sequence[Callback] = ()) -> int:
+def train(
+    prepared: Prepared,
+    signals: SignalFlag,
+    *,
+    command: Arguments,
+    ranks: Ranks | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> int:
     """Trains, evaluates the averaged weights, draws the curves; returns the exit code. `callbacks` look on."""
-    recipe, folder = prepared.plan.recipe, prepared.folder
+    recipe, folder, ranks = prepared.plan.recipe, prepared.folder, ranks or Ranks(None)
+    ranks.connect("nccl" if prepared.accelerator == "gpu" else "gloo", recipe.trainer.timeout_seconds)
     trainer, log = build_trainer(
-        recipe, folder, accelerator=prepared.accelerator, devices=prepared.devices, signals=signals, callbacks=callbacks
+        recipe,
+        folder,
+        accelerator=prepared.accelerator,
+        devices=prepared.devices,
+        num_nodes=prepared.nodes,
+        launcher=ranks.launcher,
+        signals=signals,
+        callbacks=callbacks,
     )
     if trainer.is_global_zero:
         print("\n".join(prepared.lines()), flush=True)
@@ -154,9 +207,16 @@ def train(prepared: Prepared, signals: SignalFlag, *, command: Arguments, callba
         code, stopped_by = stop.exit_code, stop.signal_name
         if trainer.is_global_zero:
             print("\n".join(_stopped(stop, trainer.global_step, command)), flush=True)
-    except (DataError, NotFinite, GivenUp) as error:
+    except Exception as error:
+        expected = isinstance(error, DataError | NotFinite | GivenUp)
+        if trainer.world_size == 1 and not expected:
+            raise
         code = FAILED
-        print(f"error: {error}{_last_good(trainer, error)}", file=sys.stderr)
+        if first_to_fail():
+            where = f"rank {trainer.global_rank}: " if trainer.world_size > 1 else ""
+            print(f"error: {where}{error}{_last_good(trainer, error)}", file=sys.stderr, flush=True)
+            if not expected:
+                traceback.print_exception(error)
     if trainer.is_global_zero:
         try:
             _write_results(prepared, trainer, log, finished=code == 0)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xception_pl.ablation.file import Ablation
+from xception_pl.run.slurm import batch_script
 
 
 def array_script(
@@ -30,11 +31,5 @@ def array_script(
     ]
     command = [sys.executable, "-m", "xception_pl.ablate", str(ablation.path)]
     command += [f"--{name}={value}" for name, value in overrides.items()]
-    lines = [
-        "#!/bin/bash",
-        *(f"#SBATCH {option}" for option in [*own, *options]),
-        "set -euo pipefail",
-        f"cd {shlex.quote(str(folder))}",
-        f'exec {shlex.join(command)} --only="$SLURM_ARRAY_TASK_ID"',
-    ]
-    return "\n".join(lines) + "\n"
+    body = [f'exec {shlex.join(command)} --only="$SLURM_ARRAY_TASK_ID"']
+    return batch_script([*own, *options], body, folder=folder)

@@ -116,6 +116,10 @@ class ImageNetDataModule(pl.LightningDataModule):
         if error is not None:
             raise error
 
+    def share(self, first: Callable[[Callable[[], dict[str, Split]]], dict[str, Split]]) -> None:
+        """Take what rank 0 has resolved, before there is a trainer; `first` gives each rank what rank 0's function returns."""
+        self._splits = first(lambda: self._splits)
+
     @property
     def train_images(self) -> int:
         """Images of the training split."""

@@ -26,8 +26,8 @@ class PolyakAverage(nn.Module):
 
     The copy is in evaluation mode, whatever `train()` asks for. Weights, statistics and the count of updates are in the
     state dict, so a run resumes with no further care. As a submodule it adds nothing to train: no parameter of it
-    requires a gradient. Under DDP every process keeps the same average; of running statistics it is that of process 0,
-    which DDP broadcasts with all buffers.
+    requires a gradient. Under DDP every process keeps the same average, of running statistics too where these are the
+    same on all (StepStatistics sees to it).
 
     The average has the network's precision. In bfloat16 it would not move: `1 - d` is below its resolution.
 

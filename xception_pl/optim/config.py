@@ -12,7 +12,9 @@ class OptimConfig:
     name: Literal["sgd", "rmsprop"] = "sgd"
     """Optimiser; `rmsprop` has TensorFlow's semantics."""
     lr: float = 0.045
-    """Learning rate at the start, for the recipe's global batch."""
+    """Learning rate at the start, for the recipe's global batch, or that of lr_batch."""
+    lr_batch: int | None = None
+    """Global batch that lr and final_lr are meant for: another one scales them in proportion (linear rule); null does not."""
     momentum: float = 0.9
     """Momentum of either optimiser."""
     nesterov: bool = False
@@ -60,6 +62,7 @@ def check(config: OptimConfig) -> list[str]:
 
     # Written so that NaN, which compares false, is wrong everywhere.
     must("lr", 0 < config.lr < inf, "a finite number above 0")
+    must("lr_batch", config.lr_batch is None or config.lr_batch > 0, "above 0, or null")
     must("momentum", 0 <= config.momentum < 1, "at least 0 and less than 1")
     must("rho", 0 <= config.rho < 1, "at least 0 and less than 1")
     must("eps", 0 < config.eps < inf, "a finite number above 0")

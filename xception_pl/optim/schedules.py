@@ -1,6 +1,7 @@
 """Learning rates: a pure function of the optimiser step: world size, accumulation and resuming cannot change them."""
 
 import math
+from dataclasses import replace
 
 from xception_pl.optim.config import OptimConfig
 
@@ -22,6 +23,8 @@ def learning_rate(
     - `cosine`: half a cosine from `lr` to `final_lr`, which is reached after the last of `total_steps`;
     - `constant`: `lr`.
 
+    Where `lr_batch` is set all of it is multiplied by `global_batch / lr_batch`: the linear rule.
+
     The paper says neither whether its decay was a staircase nor that it had a warm-up.
 
     Args:
@@ -34,6 +37,9 @@ def learning_rate(
     Raises:
         ValueError: if a stair is shorter than one optimiser step.
     """
+    if config.lr_batch is not None:
+        scale, config = global_batch / config.lr_batch, replace(config, lr_batch=None)
+        config = replace(config, lr=config.lr * scale, final_lr=config.final_lr * scale)
     warmup_steps = int(images_per_epoch * config.warmup_epochs / global_batch)
     if step < warmup_steps:
         return config.lr * (step + 1) / warmup_steps

@@ -14,9 +14,9 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Kind of device; `auto` takes GPUs where there are any."""
     devices: int | Literal["auto"] = "auto"
-    """Devices a node."""
-    num_nodes: int = 1
-    """Nodes of the job."""
+    """Devices a node; `auto` takes those of torchrun or srun, else all GPUs of this machine, or one CPU."""
+    num_nodes: int | Literal["auto"] = "auto"
+    """Nodes of the job; `auto` takes those of torchrun or srun, else one."""
     strategy: Literal["auto", "ddp"] = "auto"
     """`auto` is one process on one device and DDP on several."""
     precision: Literal["32-true", "16-mixed", "bf16-mixed", "64-true"] = "32-true"
@@ -27,26 +27,34 @@ class TrainerConfig:
     """Epochs to train."""
     max_steps: int = -1
     """Optimiser steps at which training stops, if sooner than max_epochs; -1 for no limit."""
-    accumulate_grad_batches: int = 1
-    """Batches whose gradients are averaged into one optimiser step."""
+    accumulate_grad_batches: int | Literal["auto"] = "auto"
+    """Batches whose gradients are averaged into one optimiser step; `auto` takes the fewest that max_device_batch allows."""
+    max_device_batch: int | None = None
+    """Images that a device takes at once, as far as its memory goes; null sets no limit."""
     gradient_clip_val: float | None = None
     """Largest norm (or value) of the gradient; null does not clip."""
     gradient_clip_algorithm: Literal["norm", "value"] = "norm"
     """What gradient_clip_val bounds: the norm over all parameters, or each value."""
     sync_batchnorm: bool = False
     """Batch statistics over all devices instead of each device's own."""
+    compress_gradients: bool = False
+    """Exchange gradients between devices in bfloat16: half the bytes, for slow links."""
+    timeout_seconds: int = 600
+    """Seconds for which a device waits for the others in one operation before the job ends."""
     deterministic: bool = False
     """Only algorithms that give the same result in each run."""
     benchmark: bool = False
     """cuDNN tries its algorithms at the first step and takes the fastest."""
     limit_train_batches: int | None = None
-    """Batches an epoch (per device); null for all. Keys of `optim` that count epochs count whole ones all the same."""
+    """Batches an epoch (per device; optimiser steps where accumulate_grad_batches is auto); null for all. Keys of `optim`
+    that count epochs count whole ones all the same."""
     limit_val_batches: int | None = None
     """Batches a validation (per device); null for all."""
     check_val_every_n_epoch: int = 1
     """Epochs between validations."""
     val_check_interval: int | float = 1.0
-    """Validations inside an epoch: a number of batches (per device) between them, or a fraction of the epoch; 1.0 validates at its end."""
+    """Validations inside an epoch: a number of batches between them (counted as in limit_train_batches), or a fraction of the epoch;
+    1.0 validates at its end."""
     skip_nonfinite_steps: int = 0
     """Steps of a run that may be left out because their loss or gradient is NaN or infinite; the next one stops the run."""
     log_every_n_steps: int = 50
@@ -80,6 +88,8 @@ def check_trainer(trainer: TrainerConfig) -> list[str]:
         "num_nodes": 1,
         "max_epochs": 1,
         "accumulate_grad_batches": 1,
+        "max_device_batch": 1,
+        "timeout_seconds": 1,
         "limit_train_batches": 1,
         "limit_val_batches": 1,
         "check_val_every_n_epoch": 1,
@@ -88,15 +98,16 @@ def check_trainer(trainer: TrainerConfig) -> list[str]:
     }
     for name, lowest in least.items():
         value = getattr(trainer, name)
-        if value is not None and value < lowest:
-            problems.append(f"trainer.{name} must be at least {lowest}, not {value}.")
+        if value not in (None, "auto") and value < lowest:
+            automatic = ", or auto" if name in ("num_nodes", "accumulate_grad_batches") else ""
+            problems.append(f"trainer.{name} must be at least {lowest}{automatic}, not {value}.")
     if trainer.devices != "auto" and trainer.devices < 1:
         problems.append(f"trainer.devices must be at least 1, or auto, not {trainer.devices}.")
     if trainer.max_steps != -1 and trainer.max_steps < 1:
         problems.append(f"trainer.max_steps must be at least 1, or -1 for no limit, not {trainer.max_steps}.")
     problems += _check_interval(trainer)
     limit, accumulate = trainer.limit_train_batches, trainer.accumulate_grad_batches
-    if limit is not None and accumulate > 0 and limit % accumulate:
+    if limit is not None and accumulate != "auto" and accumulate > 0 and limit % accumulate:
         problems.append(
             f"trainer.limit_train_batches {limit} is no multiple of trainer.accumulate_grad_batches {accumulate}: "
             "the last step of an epoch would be made of fewer batches."
@@ -114,7 +125,7 @@ def _check_interval(trainer: TrainerConfig) -> list[str]:
         return [f"trainer.val_check_interval must be a number of batches, or a fraction from 0 to 1, not {interval}."]
     if isinstance(interval, int) and interval < 1:
         return [f"trainer.val_check_interval must be at least 1, not {interval}."]
-    if isinstance(interval, int) and accumulate > 0 and interval % accumulate:
+    if isinstance(interval, int) and accumulate != "auto" and accumulate > 0 and interval % accumulate:
         return [
             f"trainer.val_check_interval {interval} is no multiple of trainer.accumulate_grad_batches {accumulate}: "
             "a validation would fall into a step."

@@ -6,6 +6,7 @@ from typing import Any
 IDLE = (
     "run.",
     "trainer.enable_progress_bar",
+    "trainer.timeout_seconds",
     "data.workers",
     "data.prefetch",
     "data.cache_dir",

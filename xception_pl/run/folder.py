@@ -18,21 +18,34 @@ if TYPE_CHECKING:
     from xception_pl.run.resume import Resumed
 
 STARTS = "starts.jsonl"
-_SHARED = "XCEPTION_PL_RUN_FOLDER"
+_CHOSEN = "XCEPTION_PL_OUTPUT"
+"""Environment variable that tells the processes that Lightning starts beside this one what it chose."""
 _PACKAGES = ("xception_pl", "torch", "torchvision", "lightning", "torchmetrics", "timm", "datasets", "pyarrow", "numpy")
 
 
+def choose_output(recipe: Recipe, resume: str | None, into: str | None) -> tuple[Path, Path | None]:
+    """The run's folder and the checkpoint that it goes on from; processes that Lightning starts beside this one get the same.
+
+    Raises:
+        RecipeError: what `--resume` or `--into` names cannot be used.
+    """
+    if "LOCAL_RANK" in os.environ and _CHOSEN in os.environ:
+        folder, checkpoint = json.loads(os.environ[_CHOSEN])
+        return Path(folder), Path(checkpoint) if checkpoint else None
+    given = None if into is None else given_folder(into, resume)
+    found = None if resume is None else find_checkpoint(resume, recipe, into=given)
+    output = given or (folder_of(found) if found is not None else None) or planned_folder(recipe)
+    os.environ[_CHOSEN] = json.dumps([str(output), str(found) if found else None])
+    return output, found
+
+
 def planned_folder(recipe: Recipe) -> Path:
-    """Folder of a new run; the processes that Lightning starts beside this one for other devices get the same."""
+    """A folder for a new run."""
     assert recipe.run.name is not None
-    if "LOCAL_RANK" in os.environ and _SHARED in os.environ:
-        return Path(os.environ[_SHARED])
     parent = Path(recipe.run.folder) / recipe.run.name
     stem = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     taken = sum(1 for _ in parent.glob(f"{stem}*"))
-    folder = parent / (f"{stem}_{taken}" if taken else stem)
-    os.environ[_SHARED] = str(folder)
-    return folder
+    return parent / (f"{stem}_{taken}" if taken else stem)
 
 
 def find_checkpoint(resume: str, recipe: Recipe, *, into: Path | None = None) -> Path | None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from xception_pl.recipe import Recipe
+from xception_pl.recipe import Recipe, accumulated_batches
 
 
 @dataclass(kw_only=True)
@@ -26,7 +26,12 @@ class Plan:
     @property
     def device_batch(self) -> int:
         """Images a device and batch."""
-        return self.recipe.data.global_batch // (self.ranks * self.recipe.trainer.accumulate_grad_batches)
+        return self.recipe.data.global_batch // (self.ranks * self.accumulated)
+
+    @property
+    def accumulated(self) -> int:
+        """Batches of a device that make one optimiser step."""
+        return accumulated_batches(self.recipe, self.ranks)
 
     @property
     def epoch_steps(self) -> int | None:
@@ -35,7 +40,10 @@ class Plan:
             return None
         steps = self.train_images // self.recipe.data.global_batch
         limit = self.recipe.trainer.limit_train_batches
-        return steps if limit is None else min(steps, limit // self.recipe.trainer.accumulate_grad_batches)
+        if limit is None:
+            return steps
+        fixed = self.recipe.trainer.accumulate_grad_batches
+        return min(steps, limit if fixed == "auto" else limit // fixed)
 
     @property
     def total_steps(self) -> int | None:
@@ -56,13 +64,14 @@ class Plan:
         return self._interval_problems()
 
     def _interval_problems(self) -> list[str]:
-        interval, accumulate = self.recipe.trainer.val_check_interval, self.recipe.trainer.accumulate_grad_batches
+        interval, accumulate = self.recipe.trainer.val_check_interval, self.accumulated
         if self.epoch_steps is None:
             return []
         batches = self.epoch_steps * accumulate
-        if isinstance(interval, int) and interval > batches:
+        counted = self.epoch_steps if self.recipe.trainer.accumulate_grad_batches == "auto" else batches
+        if isinstance(interval, int) and interval > counted:
             return [
-                f"trainer.val_check_interval {interval} is more than the {batches} batches of an epoch; choose fewer."
+                f"trainer.val_check_interval {interval} is more than the {counted} batches of an epoch; choose fewer."
             ]
         if isinstance(interval, float) and max(1, int(batches * interval)) % accumulate:
             return [
@@ -78,7 +87,7 @@ class Plan:
             "network": f"{model.name}, {parameters:,} parameters, {model.num_classes} classes, {trainer.precision} on {hardware}",
             "data": f"{data.source}: {_count(self.train_images)} training and {_count(self.val_images)} held-out images, "
             f"{data.image_size}×{data.image_size}",
-            "batch": f"{data.global_batch} = {self.ranks} devices × {self.device_batch} × {trainer.accumulate_grad_batches} accumulated",
+            "batch": f"{data.global_batch} = {self.ranks} devices × {self.device_batch} × {self.accumulated} accumulated",
             "steps": self._steps_line(),
             "rate": self._rate_line(learning_rate),
             "averaging": f"decay {self.recipe.optim.ema_decay}" if self.recipe.optim.ema_decay else "off",
@@ -95,9 +104,19 @@ class Plan:
     def _rate_line(self, learning_rate: Callable[[int], float]) -> str:
         optim, total = self.recipe.optim, self.total_steps
         if total is None or self.train_images is None:
-            return f"{optim.lr:.6g} at the start, {optim.schedule}"
+            return f"{optim.lr:.6g} at the start, {optim.schedule}{self._scaled()}"
         start, middle, end = (learning_rate(step) for step in (0, total // 2, total - 1))
-        return f"{start:.6g} at the start, {middle:.6g} in the middle, {end:.6g} at the end ({optim.name}, {optim.schedule})"
+        return (
+            f"{start:.6g} at the start, {middle:.6g} in the middle, {end:.6g} at the end "
+            f"({optim.name}, {optim.schedule}{self._scaled()})"
+        )
+
+    def _scaled(self) -> str:
+        """The linear rule, where it changes the rate."""
+        batch, lr_batch = self.recipe.data.global_batch, self.recipe.optim.lr_batch
+        if lr_batch in (None, batch):
+            return ""
+        return f"; optim.lr {self.recipe.optim.lr:.6g} × data.global_batch {batch} / optim.lr_batch {lr_batch}"
 
 
 def _count(images: int | None) -> str:
