@@ -15,6 +15,7 @@ def test_all_keys_decide_but_where_what_is_shown_and_how_images_are_kept() -> No
         "data.cache_dir",
         "data.cache_gb",
         "data.retry_seconds",
+        "trainer.timeout_seconds",
     }
     assert {key for key in KEYS if key.startswith("run.")} <= idle
 
