@@ -104,14 +104,14 @@ def _count(options: dict[str, str], name: str) -> int | None:
 
 def one_device(recipe: "Recipe") -> "Recipe":
     """The recipe for one of its devices: that device's share of the batch, one epoch, no validation in it."""
-    from xception_pl.build import find_devices
+    from xception_pl.build import find_devices, find_nodes
     from xception_pl.recipe import RecipeError, check_batch
 
     _, devices, _ = find_devices(recipe.trainer)
     problems = check_batch(recipe, devices)
     if problems:
         raise RecipeError(problems)
-    ranks = devices * recipe.trainer.num_nodes
+    ranks = devices * find_nodes(recipe.trainer)[0]
     trainer = replace(
         recipe.trainer,
         devices=1,
@@ -138,14 +138,12 @@ def measure(prepared: "Prepared", folder: Path, *, rounds: int, steps: int | Non
     # A pass after the other, wherever the Trainer is.
     loader._position = ((epoch, 0) for epoch in count()).__next__
     ahead = recipe.data.workers * recipe.data.prefetch
-    gate = Gate(
-        loader, bare, ahead=ahead, rounds=rounds, steps=steps, accumulate=recipe.trainer.accumulate_grad_batches
-    )
+    gate = Gate(loader, bare, ahead=ahead, rounds=rounds, steps=steps, accumulate=prepared.plan.accumulated)
     recipe.trainer.limit_train_batches = None
     trainer, _ = build_trainer(recipe, folder, accelerator=prepared.accelerator, devices=1, signals=SignalFlag())
     with patch.object(data, "train_dataloader", lambda: gate):
         trainer.fit(prepared.module, datamodule=data)
-    batch = recipe.data.global_batch // recipe.trainer.accumulate_grad_batches
+    batch = recipe.data.global_batch // prepared.plan.accumulated
 
     def rate(taken: list[float]) -> Spread:
         return Spread.of([batch / seconds for seconds in taken])
@@ -181,7 +179,7 @@ class BareLoop:
             self.module.network.compile()
         self.optimizer = self.module.configure_optimizers()
         self.transforms = prepared.data.on_after_batch_transfer
-        self.accumulate = recipe.trainer.accumulate_grad_batches
+        self.accumulate = prepared.plan.accumulated
         self.clip = recipe.trainer.gradient_clip_val, recipe.trainer.gradient_clip_algorithm
         self.autocast = torch.autocast(
             self.device.type,
