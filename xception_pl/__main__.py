@@ -5,6 +5,7 @@ COMMANDS = {
     "submit": "train it as a SLURM job, on one node or many",
     "evaluate": "exactly how good weights are, with a report to look at",
     "predict": "classes, features and heat maps of pictures",
+    "export": "weights into ONNX, torch.export, Keras, timm or a hub folder, proven",
     "reproduce": "each claim of the paper beside what finished runs measured",
     "ablate": "run and compare variants of a recipe over seeds",
     "spectrum": "cost of each number of channel segments, from Inception to Xception",

@@ -118,8 +118,13 @@ def read_keras_hdf5(file: Path | IO[bytes], source: str) -> Stored:
         top = member(opened, "model_weights", source) if "model_weights" in opened else opened
         old = "layer_names" in top.attrs or "layer_names0" in top.attrs
         layers = dict(_layers_of_old_files(top, source) if old else _layers_by_class(opened, source))
-    named = _name_layers(layers, source)
-    tensors = {f"{layer}/{leaf}": tensor for layer, values in named.items() for leaf, tensor in values.items()}
+    dense = [name for name, values in layers.items() if "kernel" in values and values["kernel"].dim() == 2]
+    if len(dense) > 1:
+        raise WeightsError(
+            f"{source} has {len(dense)} dense layers, {', '.join(dense[:4])}: only one, after the pooling, can be read as Xception's."
+        )
+    known = name_layers(layers)
+    tensors = {f"{known[layer]}/{leaf}": tensor for layer, values in layers.items() for leaf, tensor in values.items()}
     return Stored(source, "a Keras file", tensors)
 
 
@@ -158,40 +163,36 @@ def _variables(arrays: list[Tensor]) -> tuple[str, ...]:
     return tuple(str(i) for i in range(len(arrays)))
 
 
-def _name_layers(layers: dict[str, _Layer], source: str) -> dict[str, _Layer]:
-    """Layers by the paper's names: `block2_sepconv1`, `block2_shortcut_bn`, `predictions`."""
-    named = {name: values for name, values in layers.items() if re.match(r"block\d+_", name)}
-    others = {name: values for name, values in layers.items() if name not in named}
+def name_layers(layers: dict[str, _Layer]) -> dict[str, str]:
+    """Names of a file's layers to the paper's: `block2_sepconv1`, `block2_shortcut_bn`, `predictions`.
+
+    Those of which nothing is known, a second dense layer among them, keep their own.
+    """
     kinds: dict[str, list[str]] = {"conv": [], "separable": [], "norm": [], "dense": []}
-    for name, values in others.items():
+    for name, values in layers.items():
+        if re.match(r"block\d+_", name):
+            continue
         if "pointwise_kernel" in values:
             kinds["separable"].append(name)
         elif "gamma" in values:
             kinds["norm"].append(name)
         elif "kernel" in values:
             kinds["dense" if values["kernel"].dim() == 2 else "conv"].append(name)
-        else:
-            named[name] = values  # the table of what does not fit will show it
     for names in kinds.values():
         names.sort(key=_number)
-    targets = _dense_names(kinds["dense"], source) | _convolution_names(kinds["conv"], others)
+    targets = {name: name for name in layers}
+    if len(kinds["dense"]) == 1:
+        targets[kinds["dense"][0]] = "predictions"
+    targets |= _convolution_names(kinds["conv"], layers)
     targets |= dict(zip(kinds["separable"], _SEPARABLE, strict=False))
-    targets |= _norm_names(kinds["norm"], others)
-    return named | {targets.get(name, name): others[name] for names in kinds.values() for name in names}
+    targets |= _norm_names(kinds["norm"], layers)
+    return targets
 
 
 def _number(name: str) -> int:
     """Keras counts layers of a class: the first has no number, or in the first release a 1."""
     found = re.search(r"_(\d{1,9})$", name)
     return int(found[1]) if found else 0
-
-
-def _dense_names(names: list[str], source: str) -> dict[str, str]:
-    if len(names) > 1:
-        raise WeightsError(
-            f"{source} has {len(names)} dense layers, {', '.join(names[:4])}: only one, after the pooling, can be read as Xception's."
-        )
-    return dict.fromkeys(names, "predictions")
 
 
 def _convolution_names(names: list[str], layers: dict[str, _Layer]) -> dict[str, str]:

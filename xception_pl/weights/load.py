@@ -112,7 +112,7 @@ def _with_tensors(config: ModelConfig, stored: Stored, layout: Layout) -> Xcepti
         with torch.device("meta"):
             network = create_network(config)
     except (ValueError, RuntimeError, OverflowError) as error:
-        raise WeightsError(f"{stored.source} describes a network that cannot be: {error}") from error
+        raise WeightsError(f"{stored.source} describes a network that cannot be: {str(error).rstrip('.')}.") from error
     wanted = network.state_dict()
     names = {name: layout.rename(name) for name in wanted}
     counters = {name for name in wanted if name.endswith("num_batches_tracked")}

@@ -52,14 +52,14 @@ def _read_file(path: Path, source: str) -> Stored:
         raise WeightsError(f"{source} cannot be read: {error.strerror}.") from error
     if not head:
         raise WeightsError(f"{source} is empty.")
+    if len(head) > 8 and struct.unpack("<Q", head[:8])[0] <= _LONGEST_HEADER and head[8:9] == b"{":
+        return read_safetensors(path, source)
     if zipfile.is_zipfile(path):
         return _read_archive(path, source)
     if head[0] == 0x80:  # a pickle of protocol 2 or later
         return read_torch(path, source)
     if head.startswith(_HDF5):
         return read_keras_hdf5(path, source)
-    if len(head) > 8 and struct.unpack("<Q", head[:8])[0] <= _LONGEST_HEADER and head[8:9] == b"{":
-        return read_safetensors(path, source)
     raise WeightsError(f"{source} is no file of weights{_looks_like(head)}.")
 
 

@@ -23,10 +23,14 @@ def save_weights(module: XceptionModule, path: Path) -> None:
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], described: dict[str, Any]) -> None:
     """Writes tensors by our names with their description (:mod:`xception_pl.weights.described`)."""
+    write_tensors(path, tensors, {name: json.dumps(value) for name, value in described.items()})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes tensors by any names."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", **{name: json.dumps(value) for name, value in described.items()}}
     with durable_write(path) as file:
-        file.write(save(plain, metadata))
+        file.write(save(plain, {"format": "pt", **metadata}))
 
 
 def read_safetensors(path: Path, source: str) -> Stored:

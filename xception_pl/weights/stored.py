@@ -1,6 +1,7 @@
 """What a weight file holds, before a network is made of it."""
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 from torch import Tensor
 
@@ -30,3 +31,14 @@ class Stored:
     class_names: list[str] | None = None
     raw_tensors: dict[str, Tensor] | None = field(default=None, repr=False)
     """The last step's weights, where `tensors` are averaged ones kept beside them."""
+
+
+def needs(*packages: str) -> None:
+    """Refuses to go on without packages that only exports need.
+
+    Raises:
+        WeightsError: with the command that installs them.
+    """
+    absent = [name for name in packages if find_spec(name) is None]
+    if absent:
+        raise WeightsError(f"this export needs {' and '.join(absent)}: pip install 'xception_pl[export]'.")

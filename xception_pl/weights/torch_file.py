@@ -101,5 +101,9 @@ def _load(path: Path, source: str) -> Any:
                 f"{source} is refused: it needs {found[1]}, and to make that means to run code of the file. Whoever trusts "
                 "it can load it with the program that wrote it and save the state_dict() alone."
             ) from error
-        reason = next(iter(text.splitlines()), "") or type(error).__name__
+        # PyTorch's own text goes on to recommend what must not be done here
+        found = re.search(r"WeightsUnpickler error: (.*)", text)
+        reason = (
+            found[1] if found else text.splitlines()[0] if text and "weights_only" not in text else type(error).__name__
+        )
         raise WeightsError(f"{source} cannot be read as a file of torch.save: {reason.rstrip('.')[:200]}.") from error

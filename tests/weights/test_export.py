@@ -1,0 +1,222 @@
+"""Exports: what others read computes what the network does, or is not written."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from tests.weights.conftest import SMALL, outputs, randomise, relative_error, smooth_images
+from tests.weights.test_load import NAMES, assert_same_weights
+from xception_pl import Xception, load_network
+from xception_pl.export import main
+from xception_pl.nets.preprocessing import Preprocessing
+from xception_pl.weights import exports
+from xception_pl.weights.exports import export
+from xception_pl.weights.hub import write_hub_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras with NumPy 2
+
+
+@pytest.fixture
+def weights(small: Xception, tmp_path: Path) -> Path:
+    """A file of weights as a run leaves it, with the run's numbers."""
+    small.class_names, small.preprocessing = NAMES, Preprocessing(image_size=75, eval_crop="resize")
+    run = tmp_path / "run"
+    write_hub_folder(small, run / "checkpoints")
+    (run / "checkpoints" / "model.safetensors").rename(run / "checkpoints" / "averaged.safetensors")
+    (run / "results.json").write_text(json.dumps({"steps": 9, "val_top1": 0.75}))
+    return run / "checkpoints" / "averaged.safetensors"
+
+
+def run_onnx(path: Path, images: Tensor) -> Tensor:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def test_onnx_takes_any_batch_and_size(weights: Path, small: Xception, capsys: pytest.CaptureFixture[str]) -> None:
+    import onnx
+
+    assert main([str(weights), "--to", "onnx", "--fold-bn"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("batch norm folded: largest relative difference ")
+    assert "loaded back by ONNX Runtime (opset 18)" in said
+    path = weights.with_suffix(".onnx")
+    for batch, height, width in ((1, 71, 71), (3, 75, 76), (2, 76, 75), (2, 96, 96), (5, 97, 99)):
+        images = smooth_images(112)[:1, :, :height, :width].repeat(batch, 1, 1, 1)
+        assert relative_error(run_onnx(path, images), outputs(small, images)) < 1e-4, (batch, height, width)
+    model = onnx.load(path)
+    assert model.opset_import[0].version == 18
+    kept = {item.key: json.loads(item.value) for item in model.metadata_props}
+    assert kept["class_names"] == NAMES
+    assert kept["preprocessing"] == {"image_size": 75, "eval_crop": "resize"}
+    assert sorted(item.name for item in weights.parent.iterdir()) == [
+        "README.md", "averaged.onnx", "averaged.safetensors", "config.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"numerics": "torch"}, {"output_stride": 16}], ids=str)
+def test_programs_of_other_networks(options: dict[str, Any], tmp_path: Path) -> None:
+    network = randomise(Xception(5, **SMALL | options))
+    assert isinstance(network, Xception)
+    network.preprocessing = Preprocessing(image_size=75)
+    export(network, "torch-export", tmp_path / "a.pt2")
+    program = torch.export.load(tmp_path / "a.pt2").module()
+    for batch, height, width in ((1, 71, 72), (4, 76, 99)):
+        images = smooth_images(112)[:1, :, :height, :width].repeat(batch, 1, 1, 1)
+        assert relative_error(program(images), outputs(network, images)) < 1e-5
+
+
+def test_a_hub_folder_has_the_runs_numbers(weights: Path, small: Xception, tmp_path: Path) -> None:
+    assert main([str(weights.parents[1]), "--to", "hub-folder", "--output", str(tmp_path / "hub")]) == 0
+    assert_same_weights(load_network(tmp_path / "hub"), small)
+    assert "| top1 | 0.75 |" in (tmp_path / "hub" / "README.md").read_text()
+    assert sorted(item.name for item in (tmp_path / "hub").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_safetensors_of_other_weights(small: Xception, tmp_path: Path) -> None:
+    torch.save(
+        {"state_dict": {f"module.{name}": tensor for name, tensor in small.state_dict().items()}}, tmp_path / "old.pth"
+    )
+    with pytest.warns(UserWarning, match="no description"):
+        assert main([str(tmp_path / "old.pth"), "--to", "safetensors"]) == 0
+    assert_same_weights(load_network(tmp_path / "old.safetensors"), small)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--to", "safetensors"], "averaged.safetensors is the file of weights itself: name another --output."),
+        (["--to", "timm", "--fold-bn"], "--to timm holds weights that need their batch norm: --fold-bn is for onnx and torch-export."),
+        (["--to", "keras"], "Keras' Xception has no width 0.125, only 1.0: export to onnx or torch-export."),
+        (["--to", "timm"], "timm's legacy_xception has no width 0.125, only 1.0: --to hub-folder is for timm too, through"),
+        (["--to", "hub-folder", "--output", "{there}"], "is a folder that exists: name another one."),
+        (["--to", "onnx", "--output", "/proc/no/a.onnx"], "/proc/no/a.onnx cannot be written: No such file or directory."),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_said_in_a_sentence(
+    weights: Path, arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(weights), *(text.replace("{there}", str(weights.parent)) for text in arguments)])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.startswith("error: ")
+    assert sentence in said
+    assert said.count("\n") == 1
+
+
+def test_a_missing_package_is_named(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("xception_pl.weights.stored.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main([str(weights), "--to", "onnx"])
+    assert "needs onnx and onnxscript: pip install 'xception_pl[export]'" in capsys.readouterr().err
+
+
+def test_a_file_that_computes_something_else_is_not_written(
+    small: Xception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small.preprocessing = Preprocessing(image_size=75)
+    other = randomise(Xception(5, **SMALL))
+    with torch.no_grad():
+        other.fc.bias[0] += 0.01  # type: ignore[index,operator,union-attr]
+    monkeypatch.setattr(exports, "load_network", lambda path: other)
+    (tmp_path / "a.safetensors").write_text("before")
+    with pytest.raises(
+        ValueError, match=r"a.safetensors was not written: loaded back by load_network, its outputs differ"
+    ):
+        export(small, "safetensors", tmp_path / "a.safetensors")
+    assert [item.name for item in tmp_path.iterdir()] == ["a.safetensors"]
+    assert (tmp_path / "a.safetensors").read_text() == "before"
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; from xception_pl.export import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("False\n"), done.stderr
+
+
+def full(numerics: Any, size: int) -> Xception:
+    network = randomise(Xception(11, numerics=numerics))
+    assert isinstance(network, Xception)
+    network.preprocessing = Preprocessing(image_size=size)
+    return network
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [299, 150])
+def test_timm_computes_what_it_is_given(size: int, tmp_path: Path) -> None:
+    network = full("torch", size)
+    export(network, "timm", tmp_path / "a.safetensors")
+    theirs = timm.create_model("legacy_xception", num_classes=11, checkpoint_path=tmp_path / "a.safetensors").eval()
+    images = smooth_images(size)
+    assert relative_error(outputs(theirs, images), outputs(network, images)) < 1e-4
+    again = load_network(tmp_path / "a.safetensors")
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in network.state_dict().items())
+    with pytest.raises(ValueError, match="computes with numerics torch, these weights need keras"):
+        export(full("keras", size), "timm", tmp_path / "b")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), [("a.keras", 299), ("a.weights.h5", 150), ("a.h5", 97)])
+def test_keras_computes_what_it_is_given(name: str, size: int, tmp_path: Path) -> None:
+    network = full("keras", size)
+    export(network, "keras", tmp_path / name)
+    import keras
+
+    if name == "a.weights.h5":  # into Keras' own network, with its head
+        theirs: Any = keras.applications.Xception(
+            weights=None, classes=11, classifier_activation=None, input_shape=(size, size, 3)
+        )
+        theirs.load_weights(tmp_path / name)
+    else:
+        theirs = keras.saving.load_model(tmp_path / name, compile=False)
+    images = smooth_images(size)
+    logits = theirs(images.permute(0, 2, 3, 1).numpy(), training=False)
+    found = torch.from_numpy(np.array(keras.ops.convert_to_numpy(logits)))
+    assert relative_error(found, outputs(network, images)) < 1e-4
+    again = load_network(tmp_path / name)
+    assert all(
+        torch.equal(again.state_dict()[key], tensor)
+        for key, tensor in network.state_dict().items()
+        if "batches" not in key
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("numerics", ["keras", "torch"])
+def test_onnx_at_full_size(numerics: str, tmp_path: Path) -> None:
+    network = full(numerics, 299)
+    done = export(network, "onnx", tmp_path / "a.onnx", fold=True)
+    assert done.folded is not None
+    assert done.folded.largest < 1e-5
+    assert done.against.largest < 1e-5
+    images = smooth_images(256)
+    assert relative_error(run_onnx(tmp_path / "a.onnx", images), outputs(network, images)) < 1e-4
+
+
+def test_the_pins_are_those_that_are_tested() -> None:
+    pins = dict(line.strip().split("==") for line in Path("constraints.txt").read_text().splitlines() if "==" in line)
+    for package in ("onnx", "onnxruntime", "onnxscript", "h5py"):
+        assert version(package) == pins[package]
+
+
+def test_only_xceptions_are_exported(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="only an Xception is exported, not a Linear"):
+        export(nn.Linear(2, 2), "onnx", tmp_path / "a")  # type: ignore[arg-type]
