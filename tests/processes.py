@@ -1,6 +1,5 @@
 """Ranks in processes of their own, as torchrun would start them, forked from one that has imported everything once."""
 
-import contextlib
 import multiprocessing
 import os
 import pickle
@@ -82,6 +81,6 @@ def _rank(
     import torch
 
     torch.set_num_threads(1)
-    with contextlib.suppress(FileNotFoundError):
-        Path(f"result {rank}").unlink()
-    Path(f"result {rank}").write_bytes(pickle.dumps(function(rank, *arguments)))
+    result = folder / f"result {rank}"
+    result.unlink(missing_ok=True)
+    result.write_bytes(pickle.dumps(function(rank, *arguments)))

@@ -1,5 +1,6 @@
 """The ranks of a job before it trains: they meet, one decides for all, and a mistake of any is said once."""
 
+import atexit
 import os
 import pickle
 import sys
@@ -87,6 +88,8 @@ class Ranks:
             timeout=timedelta(seconds=seconds),
             device_id=device,
         )
+        if backend == "nccl":
+            atexit.register(_disconnect)  # NCCL warns of groups that are left open
 
     def _exchange(self, problems: list[str]) -> dict[int, list[str]]:
         """The problems of each rank that has any; to ranks other than 0 only whether there are some."""
@@ -118,14 +121,18 @@ class Ranks:
         from torch.distributed import DistError
 
         assert self.launcher is not None
-        try:
-            self._store.wait([f"{key}/all"])
-        except DistError:
+        end = time.monotonic() + _MEET_SECONDS
+        while True:
+            try:
+                self._store.wait([f"{key}/all"], timedelta(seconds=2))  # in slices: signals are handled between them
+                return
+            except DistError:
+                if time.monotonic() < end:
+                    continue
             missing = [rank for rank in range(self.launcher.ranks) if not self._store.check([f"{key}/here/{rank}"])]
             here = next(rank for rank in range(self.launcher.ranks) if rank not in missing)
-            if self.rank != here:  # one is enough to say it
-                sys.exit(FAILED)
-            print(f"error: {_named(missing)} did not come within {_MEET_SECONDS} s.", file=sys.stderr, flush=True)
+            if self.rank == here:  # one is enough to say it
+                print(f"error: {_named(missing)} did not come within {_MEET_SECONDS} s.", file=sys.stderr, flush=True)
             sys.exit(FAILED)
 
     def _next_key(self) -> str:
@@ -150,6 +157,13 @@ def first_to_fail() -> bool:
         return bool(store.compare_set("xception_pl/failed", "", me.decode()) == me)
     except dist.DistError:
         return False  # the rank that held the store is gone, after it had shown its own error
+
+
+def _disconnect() -> None:
+    from torch import distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _open_store(launcher: Launcher | None) -> Any:
