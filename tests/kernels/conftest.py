@@ -1,0 +1,73 @@
+"""The kernels run in Triton's interpreter, on the CPU, where there is no GPU; with one, they run on it."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+from triton.runtime import interpreter
+
+from xception_pl.kernels import tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = {
+    "elementwise": {"ROWS": 64, "CHANNELS": 16},
+    "sums": {"ROWS": 64, "CHANNELS": 16, "per_sm": 1},
+    "depthwise": {"COLUMNS": 16, "CHANNELS": 16, "STAGES": 1},
+    "depthwise_backward": {"COLUMNS": 16, "CHANNELS": 16, "STAGES": 1, "per_sm": 1},
+    "pool": {"COLUMNS": 16, "CHANNELS": 16, "STAGES": 1},
+    "pool_backward": {"COLUMNS": 16, "CHANNELS": 16, "STAGES": 1, "per_sm": 1},
+    "pointwise": {"M": 64, "N": 16, "K": 16, "per_sm": 1},
+    "pointwise_input": {"M": 64, "N": 16, "K": 16, "per_sm": 1},
+    "pointwise_weight": {"M": 64, "N": 16, "K": 16, "per_sm": 1},
+}
+prepared: set[str] = set()
+
+
+def call_helper(helper: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the interpreter does where a kernel calls a helper, less preparing the language again: most of its time."""
+    if helper.fn.__module__.startswith("triton.") and helper.fn.__module__ not in prepared:
+        interpreter._patch_lang(helper.fn)
+        prepared.add(helper.fn.__module__)
+    return helper.rewrite()(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread, and an interpreter that does not work twice."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call_helper)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def set_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Sets sizes of all kernels' tiles, cut to what they need: small ones have seams, large ones run fast here."""
+
+    def set_(**sizes: int) -> None:
+        chosen = {
+            kernel: {"any": {name: sizes.get(name, value) for name, value in small.items()}}
+            for kernel, small in SMALL.items()
+        }
+        path = tmp_path / "tiles.json"
+        path.write_text(json.dumps({"default": {"tiles": chosen}}))
+        monkeypatch.setattr(tiles, "FILE", path)
+        tiles.table.cache_clear()
+        tiles.tile_for.cache_clear()
+
+    set_()
+    yield set_
+    monkeypatch.undo()
+    tiles.table.cache_clear()
+    tiles.tile_for.cache_clear()
