@@ -28,6 +28,8 @@ SMALL = {
     "pointwise_input": {"M": 64, "N": 16, "K": 16, "per_sm": 1},
     "pointwise_weight": {"M": 64, "N": 16, "K": 16, "per_sm": 1},
 }
+LARGE = {"ROWS": 4096, "COLUMNS": 64, "CHANNELS": 64, "M": 4096, "N": 64, "K": 64}
+"""Sizes for which a small network is one tile: the interpreter's time is that of its operations, not of their size."""
 prepared: set[str] = set()
 
 

@@ -38,21 +38,20 @@ def check(batch: int, size: tuple[int, int], channels: int, dtype: torch.dtype, 
 
 
 @pytest.mark.usefixtures("set_tiles")
-@pytest.mark.parametrize("size", [(7, 7), (8, 8), (7, 8), (8, 7)])
-@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize(("size", "shortcut"), [((5, 5), True), ((6, 6), False), ((5, 6), False), ((6, 5), True)])
 def test_windows_of_even_and_odd_sizes(size: tuple[int, int], shortcut: bool) -> None:
     check(2, size, 20, torch.float32, shortcut=shortcut)
 
 
 def test_seams_between_tiles(set_tiles: Callable[..., None]) -> None:
     set_tiles(COLUMNS=2, CHANNELS=16)
-    check(3, (5, 11), 20, torch.float16)
+    check(2, (3, 7), 20, torch.float16)
 
 
 def test_of_equal_values_the_first_gets_the_gradient(set_tiles: Callable[..., None]) -> None:
     """Few different values, so that nearly every window has ties; and a scale of 0, which makes all of them ties."""
-    y = torch.randint(0, 3, (2, 9, 8, 16)).float().to(DEVICE)
-    grad = draw(2, 5, 4, 16, dtype=torch.float32, device=DEVICE)
+    y = torch.randint(0, 3, (2, 7, 6, 16)).float().to(DEVICE)
+    grad = draw(2, 4, 3, 16, dtype=torch.float32, device=DEVICE)
     layer = norm_layer(16, DEVICE)
     table = table_of(y, layer)
     dz, _, _ = pool_backward(grad, y, table)

@@ -13,7 +13,13 @@ from xception_pl.kernels.ops.pointwise import pointwise, pointwise_input, pointw
 
 
 def check(
-    batch: int, size: tuple[int, int], channels: tuple[int, int], dtype: torch.dtype, *, stride: int = 1, norm: bool = False
+    batch: int,
+    size: tuple[int, int],
+    channels: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    stride: int = 1,
+    norm: bool = False,
 ) -> None:
     """y and its statistics; from a gradient after y's own batch norm, those of input and weight."""
     x = draw(batch, *size, channels[0], dtype=dtype, device=DEVICE)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from xception_pl.kernels import tiles
 from xception_pl.nets.convs import SeparableConv2d
@@ -79,9 +79,11 @@ class FusedXception(Xception):
         if not self.training:
             return super().forward_features(x)
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if mixed else x.dtype
         if dtype not in DTYPES:
             raise ValueError(f"the fused kernels compute in float32, float16 and bfloat16, not in {dtype}")
+        blocks: list[Any]
         stem, block2, *others = self._blocks()
         stages = [[stem, block2], *([block] for block in others)]
         for blocks in stages:
@@ -102,7 +104,7 @@ class FusedStage(torch.autograd.Function):
     """One or two blocks as one step of the backward pass, so that DDP sends their gradients while others are made."""
 
     @staticmethod
-    def forward(ctx: Any, blocks: list[nn.Module], last: bool, x: Tensor, *weights: nn.Parameter) -> Tensor:
+    def forward(ctx: Any, blocks: list[Any], last: bool, x: Tensor, *weights: nn.Parameter) -> Tensor:
         from xception_pl.kernels.parts import Activation, BlockPart, StemPart  # imports Triton
 
         ctx.parts = [StemPart(b) if isinstance(b, Stem) else BlockPart(b, last=last) for b in blocks]
@@ -121,7 +123,7 @@ class FusedStage(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         kept = ctx.saved_tensors
-        grads: dict[nn.Parameter, Tensor] = {}
+        grads: dict[Tensor, Tensor] = {}
         passed: Any = grad.contiguous()
         for part, start, end in reversed(list(zip(ctx.parts, ctx.cuts[:-1], ctx.cuts[1:], strict=True))):
             passed = part.backward(passed, kept[start:end], grads)

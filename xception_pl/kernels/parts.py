@@ -36,7 +36,7 @@ class Gradient:
     sums: Tensor
 
 
-Grads = dict[nn.Parameter, Tensor]
+Grads = dict[Tensor, Tensor]
 """What a backward pass found, in float32, by parameter."""
 
 
@@ -77,16 +77,17 @@ class BlockPart:
     """
 
     def __init__(self, block: Block, *, last: bool = False) -> None:
-        self.block = block
+        self.block: Any = block
         self.last = last
-        self.convs = [block.get_submodule(f"sepconv{i}") for i in range(1, block.depth + 1)]
-        self.norms = [block.get_submodule(f"bn{i}") for i in range(1, block.depth + 1)]
-        self.side_norm = block.shortcut_bn if block.shortcut is not None else None
+        self.convs: list[Any] = [block.get_submodule(f"sepconv{i}") for i in range(1, block.depth + 1)]
+        self.norms: list[Any] = [block.get_submodule(f"bn{i}") for i in range(1, block.depth + 1)]
+        self.side_norm: Any = block.shortcut_bn if block.shortcut is not None else None
         first = self.convs[0].pointwise.weight
         self.again = block.pool_stride is not None and first.shape[0] >= 2 * first.shape[1]
 
     def forward(self, x: Activation) -> tuple[Activation, tuple[Any, ...]]:
-        ys, tables = [], []
+        ys: list[Tensor] = []
+        tables: list[Tensor] = []
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             y, partial = pointwise(self._depthwise(i, x, ys, tables), conv.pointwise.weight)
             ys.append(y)
@@ -154,13 +155,13 @@ class BlockPart:
     def _side_backward(
         self, grad: Tensor, side: Tensor, table: Tensor, sums: Tensor, x: Activation, grads: Grads
     ) -> Tensor:
-        weight = self.block.shortcut.weight
+        weight: Tensor = self.block.shortcut.weight
         add, dy = pointwise_input(grad, side, _norm_backward(sums, table, self.side_norm, grads), weight)
         grads[weight] = pointwise_weight(dy, x.y, table=x.table, stride=2)
         return add
 
 
-def _norm_backward(sums: Tensor, table: Tensor, norm: nn.Module, grads: Grads) -> Tensor:
+def _norm_backward(sums: Tensor, table: Tensor, norm: Any, grads: Grads) -> Tensor:
     """The backward table; the gradients of scale and offset go to `grads`."""
     out, grads[norm.weight], grads[norm.bias] = normalise.gradient_table(sums, table, norm)
     return out
@@ -174,6 +175,7 @@ def _convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 def _convolve_backward(dy: Tensor, x: Tensor, conv: nn.Conv2d, grads: Grads) -> Tensor:
     """Gradient of an ordinary convolution's input; that of its weight goes to `grads`."""
+    dx: Tensor
     dx, d_weight, _ = torch.ops.aten.convolution_backward(
         dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), conv.weight.detach().to(x.dtype), None,
         conv.stride, conv.padding, [1, 1], False, [0, 0], 1, [True, True, False],

@@ -43,7 +43,8 @@ def card() -> str:
 
 def speedup() -> float | None:
     """The fused training step's speed over the plain layers', as measured on this card; None where it was not."""
-    return table().get(card(), {}).get("speedup")
+    measured: float | None = table().get(card(), {}).get("speedup")
+    return measured
 
 
 @cache

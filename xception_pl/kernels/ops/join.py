@@ -145,7 +145,9 @@ def pool_backward_kernel(
             m1, _ = load_normalised(y, last - channels, column - 1, row + 2, height, width, valid, scale, shift)
             best, where = first_of_three(z0, z1, z2, 6, best, where)
             before, before_where = first_of_three(m2, m1, z0, 6, before, before_where)
-            spot = (tl.cast(image, tl.int64) * out_height + i) * out_width * channels + j[:, None] * channels + c[None, :]
+            spot = (
+                (tl.cast(image, tl.int64) * out_height + i) * out_width * channels + j[:, None] * channels + c[None, :]
+            )
             window = valid & (j < out_width)[:, None]
             g = tl.load(grad + spot, mask=window, other=0.0).to(tl.float32)
             beside = valid & ((j > 0) & (j < out_width))[:, None]

@@ -29,15 +29,20 @@ def load_row(table, row: tl.constexpr, c, channels):
 
 
 @triton.jit
-def add_tile(count, mean, m2, tile, valid, axis: tl.constexpr):
-    """Chan's update of (count, mean, sum of squared deviations) by a tile of values, without cancellation."""
-    added = tl.sum(valid.to(tl.float32), axis)
-    tile_mean = tl.sum(tl.where(valid, tile, 0.0), axis) / tl.maximum(added, 1.0)
-    off = tl.where(valid, tile - tile_mean[None, :], 0.0)
+def tile_statistics(tile, valid, count):
+    """Mean and sum of squared deviations of the `count` `valid` rows of a tile, whose other rows are 0."""
+    mean = tl.sum(tile, 0) / count
+    off = tl.where(valid[:, None], tile - mean[None, :], 0.0)
+    return mean, tl.sum(off * off, 0)
+
+
+@triton.jit
+def combine(count, mean, m2, added, its_mean, its_m2):
+    """Chan's sum of two (count, mean, sum of squared deviations): no digits cancel."""
     total = count + added
-    delta = tile_mean - mean
-    share = added / tl.maximum(total, 1.0)
-    return total, mean + delta * share, m2 + tl.sum(off * off, axis) + delta * delta * count * share
+    delta = its_mean - mean
+    share = added / total
+    return total, mean + delta * share, m2 + its_m2 + delta * delta * (count * share)
 
 
 @triton.jit
@@ -51,7 +56,25 @@ def statistics_kernel(y, partial, rows, channels, ROWS: tl.constexpr, CHANNELS: 
         p = start + tl.arange(0, ROWS)
         inside = (p[:, None] < rows) & (c[None, :] < channels)
         tile = tl.load(y + p[:, None].to(tl.int64) * channels + c[None, :], mask=inside, other=0.0).to(tl.float32)
-        count, mean, m2 = add_tile(count, mean, m2, tile, inside, 0)
+        added = tl.minimum(rows - start, ROWS)
+        its_mean, its_m2 = tile_statistics(tile, p < rows, added)
+        count, mean, m2 = combine(count, mean, m2, added, its_mean, its_m2)
+    store_statistics(partial, tl.program_id(0), c, channels, count, mean, m2)
+
+
+@triton.jit
+def merge_kernel(tiles, partial, parts, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """(parts, 2, C) of (mean, M2), each of ROWS rows but the last, to (programs, 3, C)."""
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    count = tl.zeros((CHANNELS,), tl.float32)
+    mean = tl.zeros((CHANNELS,), tl.float32)
+    m2 = tl.zeros((CHANNELS,), tl.float32)
+    for part in range(tl.program_id(0), parts, tl.num_programs(0)):
+        at = tiles + tl.cast(part, tl.int64) * 2 * channels + c
+        its_mean = tl.load(at, mask=c < channels, other=0.0)
+        its_m2 = tl.load(at + channels, mask=c < channels, other=0.0)
+        added = tl.minimum(rows - part * ROWS, ROWS)
+        count, mean, m2 = combine(count, mean, m2, added, its_mean, its_m2)
     store_statistics(partial, tl.program_id(0), c, channels, count, mean, m2)
 
 
@@ -219,6 +242,17 @@ def statistics(y: Tensor) -> Tensor:
     count = programs(triton.cdiv(rows, tile["ROWS"]), triton.cdiv(channels, tile["CHANNELS"]), chosen.per_sm)
     partial = torch.empty(count, 3, channels, dtype=torch.float32, device=y.device)
     statistics_kernel[(count, triton.cdiv(channels, tile["CHANNELS"]))](y, partial, rows, channels, **tile)
+    return partial
+
+
+def merge(tiles: Tensor, rows: int, tile_rows: int) -> Tensor:
+    """Partial statistics (programs, 3, C) of those of tiles, (tiles, 2, C), each of `tile_rows` rows but the last."""
+    parts, _, channels = tiles.shape
+    count = programs(parts, triton.cdiv(channels, 128), 4)
+    partial = tiles.new_empty(count, 3, channels)
+    merge_kernel[(count, triton.cdiv(channels, 128))](
+        tiles, partial, parts, rows, channels, ROWS=tile_rows, CHANNELS=128, num_warps=1
+    )
     return partial
 
 

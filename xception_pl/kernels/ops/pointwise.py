@@ -11,25 +11,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xception_pl.kernels.ops.normalise import add_tile, gradient_tile, load_row, rows_of, store_statistics
+from xception_pl.kernels.ops.normalise import gradient_tile, load_row, merge, rows_of, tile_statistics
 from xception_pl.kernels.tiles import programs, tile_for
 
 
 @triton.jit
-def source_rows(p, out_height, out_width, height, width, STRIDE: tl.constexpr):
-    """Where the pixels that the rows `p` of the product read stand among the input's, as row numbers."""
+def source_rows(p, first, out_height, out_width, height, width, STRIDE: tl.constexpr):
+    """Where the pixels that the rows `p` of the product read stand among the input's: a first row, and those from it.
+
+    Only the first needs 64 bits; the tile is addressed from there in 32, which halves the registers of addresses.
+    """
     if STRIDE == 1:
-        return p.to(tl.int64)
-    image = p // (out_height * out_width)
-    rest = p % (out_height * out_width)
-    return (image.to(tl.int64) * height + rest // out_width * STRIDE) * width + rest % out_width * STRIDE
+        return tl.cast(first, tl.int64), p - first
+    size = out_height * out_width
+    image = first // size
+    rest = p - image * size  # counted from the tile's first image
+    row = rest // size * height + rest % size // out_width * STRIDE
+    return tl.cast(image, tl.int64) * height * width, row * width + rest % out_width * STRIDE
 
 
 @triton.jit
 def load_activated(x, table, source, valid, k, channels, NORM: tl.constexpr):
     """A tile of the input, (rows, channels `k`), as stored or, with NORM, ReLU(x · scale + shift) in the same precision."""
     inside = valid[:, None] & (k[None, :] < channels)
-    tile = tl.load(x + source[:, None] * channels + k[None, :], mask=inside, other=0.0)
+    tile = tl.load(x + (source[:, None] * channels + k[None, :]), mask=inside, other=0.0)
     if NORM:
         z = tile.to(tl.float32) * load_row(table, 0, k, channels)[None, :] + load_row(table, 1, k, channels)[None, :]
         tile = tl.where(inside & (z > 0), z, z * 0.0).to(tile.dtype)
@@ -42,20 +47,19 @@ def pointwise_kernel(
     NORM: tl.constexpr, STRIDE: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """y = activated x · Wᵀ, and each worker's (mean, M2, count) of its rows of y, as rounded."""
+    """y = activated x · Wᵀ, and (mean, M2) of each tile of M rows of y, as rounded: (tiles, 2, N)."""
     tiles_n = tl.cdiv(n_channels, N)
     worker = tl.program_id(0) // tiles_n  # neighbours in time share the rows that they read
     n = tl.program_id(0) % tiles_n * N + tl.arange(0, N)
-    count = tl.zeros((N,), tl.float32)
-    mean = tl.zeros((N,), tl.float32)
-    m2 = tl.zeros((N,), tl.float32)
     for tile in range(worker, tl.cdiv(rows, M), workers):
-        p = tile * M + tl.arange(0, M)
-        source = source_rows(p, out_height, out_width, height, width, STRIDE)
+        first = tile * M
+        p = first + tl.arange(0, M)
+        start_row, source = source_rows(p, first, out_height, out_width, height, width, STRIDE)
+        x_tile = x + start_row * k_channels
         total = tl.zeros((M, N), tl.float32)
         for start in range(0, k_channels, K):
             k = start + tl.arange(0, K)
-            a = load_activated(x, table, source, p < rows, k, k_channels, NORM)
+            a = load_activated(x_tile, table, source, p < rows, k, k_channels, NORM)
             b = tl.load(
                 weight + n[None, :] * k_channels + k[:, None],
                 mask=(k < k_channels)[:, None] & (n < n_channels)[None, :],
@@ -64,11 +68,14 @@ def pointwise_kernel(
             total = tl.dot(a, b, total, input_precision=PRECISION)
         inside = (p < rows)[:, None] & (n < n_channels)[None, :]
         kept = total.to(y.dtype.element_ty)
-        tl.store(y + p[:, None].to(tl.int64) * n_channels + n[None, :], kept, mask=inside)
+        y_tile = y + tl.cast(first, tl.int64) * n_channels
+        tl.store(y_tile + ((p - first)[:, None] * n_channels + n[None, :]), kept, mask=inside)
         if STATISTICS:
-            count, mean, m2 = add_tile(count, mean, m2, kept.to(tl.float32), inside, 0)
-    if STATISTICS:
-        store_statistics(partial, worker, n, n_channels, count, mean, m2)
+            # Merging tiles here would hold more per-channel values than there are registers beside the product.
+            mean, m2 = tile_statistics(kept.to(tl.float32), p < rows, tl.minimum(rows - first, M))
+            at = partial + tl.cast(tile, tl.int64) * 2 * n_channels + n
+            tl.store(at, mean, mask=n < n_channels)
+            tl.store(at + n_channels, m2, mask=n < n_channels)
 
 
 @triton.jit
@@ -82,16 +89,18 @@ def pointwise_input_kernel(
     tile_k = tl.program_id(0) % tiles_k
     k = tile_k * K + tl.arange(0, K)
     for tile in range(worker, tl.cdiv(rows, M), workers):
-        p = tile * M + tl.arange(0, M)
+        first = tile * M
+        p = first + tl.arange(0, M)
+        shift = tl.cast(first, tl.int64) * n_channels
         total = tl.zeros((M, K), tl.float32)
         for start in range(0, n_channels, N):
             n = start + tl.arange(0, N)
             inside = (p < rows)[:, None] & (n < n_channels)[None, :]
-            at = p[:, None].to(tl.int64) * n_channels + n[None, :]
-            g = tl.load(dz + at, mask=inside, other=0.0)
-            stored = tl.load(y + at, mask=inside, other=0.0)
+            at = (p - first)[:, None] * n_channels + n[None, :]
+            g = tl.load(dz + shift + at, mask=inside, other=0.0)
+            stored = tl.load(y + shift + at, mask=inside, other=0.0)
             g = gradient_tile(g, stored, table, n, n_channels).to(dx.dtype.element_ty)
-            tl.store(dy + at, g, mask=inside & ((tl.zeros_like(n) + tile_k) == 0)[None, :])
+            tl.store(dy + shift + at, g, mask=inside & ((tl.zeros_like(n) + tile_k) == 0)[None, :])
             w = tl.load(
                 weight + n[:, None] * k_channels + k[None, :],
                 mask=(n < n_channels)[:, None] & (k < k_channels)[None, :],
@@ -99,7 +108,8 @@ def pointwise_input_kernel(
             )
             total = tl.dot(g, w, total, input_precision=PRECISION)
         inside = (p < rows)[:, None] & (k < k_channels)[None, :]
-        tl.store(dx + p[:, None].to(tl.int64) * k_channels + k[None, :], total.to(dx.dtype.element_ty), mask=inside)
+        dx_tile = dx + tl.cast(first, tl.int64) * k_channels
+        tl.store(dx_tile + ((p - first)[:, None] * k_channels + k[None, :]), total.to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -117,9 +127,10 @@ def pointwise_weight_kernel(
     for start in range(split * M, rows, splits * M):
         p = start + tl.arange(0, M)
         inside = (p < rows)[None, :] & (n < n_channels)[:, None]
-        g = tl.load(dy + p[None, :].to(tl.int64) * n_channels + n[:, None], mask=inside, other=0.0)
-        source = source_rows(p, out_height, out_width, height, width, STRIDE)
-        a = load_activated(x, table, source, p < rows, k, k_channels, NORM)
+        dy_tile = dy + tl.cast(start, tl.int64) * n_channels
+        g = tl.load(dy_tile + ((p - start)[None, :] * n_channels + n[:, None]), mask=inside, other=0.0)
+        start_row, source = source_rows(p, start, out_height, out_width, height, width, STRIDE)
+        a = load_activated(x + start_row * k_channels, table, source, p < rows, k, k_channels, NORM)
         total = tl.dot(g, a, total, input_precision=PRECISION)
     at = partial + (split.to(tl.int64) * n_channels + n[:, None]) * k_channels + k[None, :]
     tl.store(at, total, mask=(n < n_channels)[:, None] & (k < k_channels)[None, :])
@@ -148,7 +159,7 @@ def pointwise(
         statistics: whether they are wanted; without, what is returned for them is empty.
 
     Returns:
-        y (B, ⌈H / stride⌉, ⌈W / stride⌉, N) and the partial statistics (workers, 3, N).
+        y (B, ⌈H / stride⌉, ⌈W / stride⌉, N) and the partial statistics (programs, 3, N).
     """
     images, height, width, k_channels = x.shape
     n_channels = weight.shape[0]
@@ -158,13 +169,13 @@ def pointwise(
     tile = chosen.options
     rows, tiles_n = rows_of(y), triton.cdiv(n_channels, tile["N"])
     workers = programs(triton.cdiv(rows, tile["M"]), tiles_n, chosen.per_sm)
-    partial = torch.empty(workers if statistics else 0, 3, n_channels, dtype=torch.float32, device=x.device)
+    partial = x.new_empty(triton.cdiv(rows, tile["M"]) if statistics else 0, 2, n_channels, dtype=torch.float32)
     pointwise_kernel[(workers * tiles_n,)](
         x, x if table is None else table, matrix(weight, x.dtype), y, partial,
         rows, k_channels, n_channels, out_height, out_width, height, width, workers,
         NORM=table is not None, STRIDE=stride, STATISTICS=statistics, PRECISION=precision(x.dtype), **tile,
     )  # fmt: skip
-    return y, partial
+    return y, merge(partial, rows, tile["M"]) if statistics else partial
 
 
 def pointwise_input(dz: Tensor, y: Tensor, table: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
