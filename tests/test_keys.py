@@ -21,6 +21,7 @@ from xception_pl.optim.create import create_optimizer
 from xception_pl.recipe import Recipe, RecipeError, load_recipe, schema
 from xception_pl.run.guard import StepGuard
 from xception_pl.run.interrupt import SignalFlag
+from xception_pl.run.watchdog import Watchdog
 
 BASE = """
 model: {num_classes: 10, width: 0.125, middle_blocks: 1}
@@ -170,7 +171,10 @@ def of_run(recipe: Recipe, folder: Path) -> Any:
 
     trainer, _ = build_trainer(recipe, folder, accelerator="cpu", devices=1, signals=SignalFlag())
     every = [(x.save_every_steps, x.save_every_minutes) for x in trainer.checkpoint_callbacks]
-    return planned_folder(recipe).parent, every, [type(x).__name__ for x in trainer.loggers]
+    bounds = [
+        (x.config.rank_timeout_seconds, x.config.stall_seconds) for x in trainer.callbacks if isinstance(x, Watchdog)
+    ]
+    return planned_folder(recipe).parent, every, bounds, [type(x).__name__ for x in trainer.loggers]
 
 
 def write_other(folder: Path) -> Path:
@@ -310,6 +314,8 @@ CHANGES: dict[str, tuple[str, dict[str, str]]] = {
     "run.name": ("named", {}),
     "run.save_every_steps": ("3", {}),
     "run.save_every_minutes": ("0.5", {}),
+    "run.rank_timeout_seconds": ("5", {}),
+    "run.stall_seconds": ("600", {}),
     "run.tensorboard": ("false", {}),
     "run.wandb": ("project", {}),
 }

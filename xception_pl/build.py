@@ -32,6 +32,7 @@ from xception_pl.run.launcher import Launcher
 from xception_pl.run.log import RunLog
 from xception_pl.run.metrics_csv import MetricsCsv
 from xception_pl.run.progress import ProgressLine
+from xception_pl.run.watchdog import Watchdog
 
 
 def build_data(recipe: Recipe, *, ranks: int = 1) -> ImageNetDataModule:
@@ -189,11 +190,13 @@ def build_trainer(
     torch.set_float32_matmul_precision(config.matmul_precision)
     log = RunLog(recipe.data.global_batch, config.log_every_n_steps)
     guard = StepGuard(Agreement(signals), config.skip_nonfinite_steps)
+    checkpoints = Checkpoints(folder / "checkpoints", recipe=recipe, guard=guard)
     callbacks = [
         StepSeed(recipe.seed),
         guard,
         log,
-        Checkpoints(folder / "checkpoints", recipe=recipe, guard=guard),
+        checkpoints,
+        Watchdog(recipe.run, checkpoints),
         *callbacks,
     ]
     if config.enable_progress_bar:

@@ -1,11 +1,11 @@
 """XceptionModule: a network with its loss, metrics, optimiser, schedule and averaged weights."""
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
@@ -216,18 +216,31 @@ class XceptionModule(LightningModule):
         return results
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # The window of training metrics since the last logged row, summed over ranks, so that a resumed run logs the
-        # same next row.
-        window = {}
-        for name, metric in _each(self.train_metrics):
-            with metric.sync_context():
-                window[name] = {state: copy.deepcopy(value) for state, value in metric.metric_state.items()}
-        checkpoint["train_window"] = window
+        # The window of training metrics since the last logged row, of each rank, so that a resumed run logs the same next
+        # row: a sum over ranks would round in another order.
+        window = {
+            name: {state: torch.as_tensor(value).detach().cpu().clone() for state, value in metric.metric_state.items()}
+            for name, metric in _each(self.train_metrics)
+        }
+        windows = [window]
+        if self.trainer.world_size > 1:
+            windows = [{} for _ in range(self.trainer.world_size)]
+            dist.all_gather_object(windows, window)
+        checkpoint["train_window"] = windows
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.global_rank == 0:
-            for name, metric in _each(self.train_metrics):
-                metric.load_state_dict(checkpoint["train_window"][name], strict=False)
+        windows = checkpoint["train_window"]
+        if len(windows) == (self._trainer.world_size if self._trainer is not None else 1):
+            mine = windows[self.global_rank]
+        elif self.global_rank == 0:  # another number of ranks: all that was counted, counted here; all states are sums
+            mine = {
+                name: {state: sum(window[name][state] for window in windows) for state in states}
+                for name, states in windows[0].items()
+            }
+        else:
+            return
+        for name, metric in _each(self.train_metrics):
+            metric.load_state_dict(mine[name], strict=False)
 
 
 def _each(metrics: nn.ModuleDict) -> Iterator[tuple[str, Metric]]:

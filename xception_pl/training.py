@@ -1,7 +1,7 @@
 """A run from its recipe to its final table: prepare, train, report."""
 
+import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +34,10 @@ from xception_pl.run.interrupt import Interrupted, SignalFlag
 from xception_pl.run.launcher import Launcher
 from xception_pl.run.log import RunLog
 from xception_pl.run.plan import Plan
-from xception_pl.run.ranks import Ranks, first_to_fail
+from xception_pl.run.ranks import Ranks
 from xception_pl.run.requeue import requeue
 from xception_pl.run.resume import Resumed, load_for_resume
+from xception_pl.run.watchdog import Watchdog
 from xception_pl.weights.safetensors import save_weights
 
 
@@ -201,22 +202,30 @@ def train(
         print("\n".join(prepared.lines()), flush=True)
         write_description(folder, recipe, prepared.resumed)
     code, stopped_by = 0, None
+    watchdog = next(found for found in trainer.callbacks if isinstance(found, Watchdog))  # type: ignore[attr-defined]
+    checkpoints = watchdog.checkpoints
+    watchdog.start(trainer)
     try:
         _fit_and_evaluate(prepared, trainer, log)
     except Interrupted as stop:
         code, stopped_by = stop.exit_code, stop.signal_name
         if trainer.is_global_zero:
             print("\n".join(_stopped(stop, trainer.global_step, command)), flush=True)
+    except SystemExit:  # Lightning's answer to KeyboardInterrupt
+        print(f"\nSIGINT, twice: stopped at once.{_last_good(checkpoints)}", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT  # other ranks see that this one is gone
+    except (NotFinite, GivenUp) as error:  # all ranks raise them at the same step
+        code = FAILED
+        if trainer.is_global_zero:
+            print(f"error: {error}{_last_good(checkpoints)}", file=sys.stderr)
     except Exception as error:
-        expected = isinstance(error, DataError | NotFinite | GivenUp)
-        if trainer.world_size == 1 and not expected:
+        if trainer.world_size > 1:
+            watchdog.failed(error)
+        if not isinstance(error, DataError):
             raise
         code = FAILED
-        if first_to_fail():
-            where = f"rank {trainer.global_rank}: " if trainer.world_size > 1 else ""
-            print(f"error: {where}{error}{_last_good(trainer, error)}", file=sys.stderr, flush=True)
-            if not expected:
-                traceback.print_exception(error)
+        print(f"error: {error}", file=sys.stderr)
+    watchdog.close()
     if trainer.is_global_zero:
         try:
             _write_results(prepared, trainer, log, finished=code == 0)
@@ -245,11 +254,8 @@ def _write_results(prepared: Prepared, trainer: Trainer, log: RunLog, *, finishe
         print("\n".join(_results(prepared, log)), flush=True)
 
 
-def _last_good(trainer: Trainer, error: Exception) -> str:
+def _last_good(checkpoints: Checkpoints) -> str:
     """Where a run that failed can go on."""
-    if isinstance(error, DataError):
-        return ""
-    (checkpoints,) = [callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)]  # type: ignore[attr-defined]
     if checkpoints.saved is None:
         return " There is no checkpoint yet."
     return f" The last good checkpoint is {checkpoints.saved}."

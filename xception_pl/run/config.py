@@ -75,6 +75,10 @@ class RunConfig:
     """Optimiser steps between checkpoints inside an epoch; 0 saves at the end of each epoch only."""
     save_every_minutes: float = 0.0
     """Minutes between checkpoints, by rank 0's clock, beside those of save_every_steps; 0 does not look at the clock."""
+    rank_timeout_seconds: float = 60.0
+    """Seconds without a sign of life after which a rank counts as lost and ends the others; one that is killed does so at once."""
+    stall_seconds: float = 540.0
+    """Seconds without a step of any rank after which the run ends; above data.retry_seconds and the time to compile."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     wandb: str | None = None
@@ -140,6 +144,9 @@ def check_run(run: RunConfig) -> list[str]:
         problems.append(f"run.save_every_steps must be 0 (each epoch's end) or more, not {run.save_every_steps}.")
     if run.save_every_minutes < 0:
         problems.append(f"run.save_every_minutes must be 0 (not by the clock) or more, not {run.save_every_minutes}.")
+    for name in ("rank_timeout_seconds", "stall_seconds"):
+        if getattr(run, name) < 3:
+            problems.append(f"run.{name} must be at least 3, not {getattr(run, name)}.")
     if run.name is not None and (run.name == ".." or not run.name or Path(run.name).name != run.name):
         problems.append(f"run.name must be a plain folder name, not {run.name!r}.")
     if not _writable(Path(run.folder)):

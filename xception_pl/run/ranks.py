@@ -145,20 +145,6 @@ class Ranks:
         return self._store
 
 
-def first_to_fail() -> bool:
-    """Whether this rank's error is the one to show: those of the others follow from it, or repeat it."""
-    from torch import distributed as dist
-
-    if not dist.is_available() or not dist.is_initialized():
-        return True
-    store = dist.distributed_c10d._get_default_store()
-    me = str(dist.get_rank()).encode()
-    try:
-        return bool(store.compare_set("xception_pl/failed", "", me.decode()) == me)
-    except dist.DistError:
-        return False  # the rank that held the store is gone, after it had shown its own error
-
-
 def _disconnect() -> None:
     from torch import distributed as dist
 
