@@ -6,6 +6,7 @@ COMMANDS = {
     "evaluate": "exactly how good weights are, with a report to look at",
     "predict": "classes, features and heat maps of pictures",
     "export": "weights into ONNX, torch.export, Keras, timm or a hub folder, proven",
+    "verify_resume": "prove here that a killed run resumes exactly",
     "reproduce": "each claim of the paper beside what finished runs measured",
     "ablate": "run and compare variants of a recipe over seeds",
     "spectrum": "cost of each number of channel segments, from Inception to Xception",
@@ -17,7 +18,7 @@ COMMANDS = {
 def main() -> None:
     print("usage: python -m xception_pl.COMMAND …; each takes --help\n")
     for name, text in COMMANDS.items():
-        print(f"  python -m xception_pl.{name:<12}{text}")
+        print(f"  python -m xception_pl.{name:<15}{text}")
 
 
 if __name__ == "__main__":
