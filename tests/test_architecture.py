@@ -6,7 +6,19 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path("xception_pl")
-COMMANDS = {"fit", "verify_resume", "spectrum", "bench", "evaluate", "predict", "export", "ablate", "reproduce", "submit", "mirror"}
+COMMANDS = {
+    "fit",
+    "verify_resume",
+    "spectrum",
+    "bench",
+    "evaluate",
+    "predict",
+    "export",
+    "ablate",
+    "reproduce",
+    "submit",
+    "mirror",
+}
 # A room may import itself, what stands here, and the torch-free `config.py` of each room.
 EVERYONE_MAY_IMPORT = {"durable"}  # these import nothing of ours and no library
 MAY_IMPORT = {
