@@ -1,119 +1,84 @@
-"""Ranks in processes of their own agree on a run, and say a mistake once."""
+"""Two ranks on this machine, as `fit` starts them: one is lost, and the other does not wait for it."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 
-from tests.processes import on_ranks, printed
-from xception_pl.recipe import Recipe
-from xception_pl.run.folder import choose_output
+from xception_pl.run.watch import LOST
 
+pytestmark = pytest.mark.slow
 TINY = """
-model: {num_classes: 10, width: 0.125, middle_blocks: 1}
-data: {source: sample, val_split: test, image_size: 71, global_batch: 8, workers: 0, shuffle_window: 512}
-trainer: {accelerator: cpu, max_epochs: 1, limit_train_batches: 2, limit_val_batches: 1, log_every_n_steps: 1}
-run: {tensorboard: false}
+model: {num_classes: 10, width: 0.05, middle_blocks: 1}
+data: {source: sample, val_split: test, image_size: 71, global_batch: 4, workers: WORKERS, shuffle_window: 512}
+optim: {lr: 0.02}
+trainer: {max_epochs: 1000, limit_train_batches: 40, limit_val_batches: 2, enable_progress_bar: false, devices: 2}
+run: {tensorboard: false, save_every_steps: 1, rank_timeout_seconds: 5}
 """
 
 
-def fit(rank: int, argv: list[str], fails_on: int | None = None) -> int:
-    """The command; one rank's second batch may fail."""
-    from xception_pl.fit import main
-    from xception_pl.module import XceptionModule
-
-    if rank == fails_on:
-        original = XceptionModule.training_step
-
-        def training_step(self: XceptionModule, batch: Any, index: int) -> Any:
-            if index == 1:
-                raise FloatingPointError("this device is broken")
-            return original(self, batch, index)
-
-        XceptionModule.training_step = training_step  # type: ignore[method-assign]
-    try:
-        return main(argv)
-    except SystemExit as ended:
-        return int(ended.code or 0)
+def start(folder: Path, workers: int = 0) -> "tuple[subprocess.Popen[str], int]":
+    """A run that has saved its first checkpoint, and the process of its rank 1."""
+    (folder / "tiny.yaml").write_text(TINY.replace("WORKERS", str(workers)))
+    command = [sys.executable, "-m", "xception_pl.fit", "tiny.yaml", "--into", "run", "--resume=auto"]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 200
+    while not (folder / "run/checkpoints/last.ckpt").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (rank1,) = [int(pid) for pid in children if b"xception_pl.fit" in Path(f"/proc/{pid}/cmdline").read_bytes()][:1]
+    return process, rank1
 
 
-def write(folder: Path, text: str = TINY) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / "tiny.yaml").write_text(text)
+def assert_gone(pid: int) -> None:
+    end = time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
-def test_a_mistake_of_all_ranks_is_said_once(tmp_path: Path) -> None:
-    write(tmp_path)
-    assert on_ranks(2, fit, tmp_path, ["tiny.yaml", "--optim.lrr=1"]) == [2, 2]
-    assert printed(tmp_path, "err") == "error: unknown option --optim.lrr. Did you mean optim.lr?\n"
+def assert_good_checkpoint(folder: Path) -> None:
+    assert torch.load(folder / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] > 0
 
 
-def fit_elsewhere(rank: int, argv: list[str]) -> int:
-    """Rank 1 is on a node that does not see the recipe."""
-    if rank == 1:
-        os.mkdir("elsewhere")
-        os.chdir("elsewhere")
-    return fit(rank, argv)
+@pytest.mark.parametrize(("number", "says"), [(signal.SIGKILL, "error: "), (signal.SIGSTOP, "has been silent for 5 s")])
+def test_a_lost_rank_ends_the_run(tmp_path: Path, number: signal.Signals, says: str) -> None:
+    process, rank1 = start(tmp_path)
+    os.kill(rank1, number)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == LOST, errors
+    assert says in errors
+    assert "Traceback" not in errors
+    assert_gone(rank1)
+    assert_good_checkpoint(tmp_path)
 
 
-def test_a_mistake_of_one_rank_is_said_with_its_rank(tmp_path: Path) -> None:
-    write(tmp_path)
-    assert on_ranks(2, fit_elsewhere, tmp_path, ["tiny.yaml"]) == [2, 2]
-    assert printed(tmp_path, "err") == "error: rank 1: there is no recipe tiny.yaml.\n"
+@pytest.mark.parametrize("stopped", [False, True])
+def test_no_rank_outlives_rank_0(tmp_path: Path, stopped: bool) -> None:
+    process, rank1 = start(tmp_path)
+    if stopped:
+        os.kill(rank1, signal.SIGSTOP)
+    process.kill()
+    _, errors = process.communicate(timeout=200)
+    assert "error: rank 0 (" in errors
+    assert " is gone; it was at " in errors
+    assert_gone(rank1)
+    assert_good_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        ("--trainer.devices=4", "trainer.devices is 4, but torchrun started 2 processes a node: set it to auto,"),
-        ("--trainer.num_nodes=2", "trainer.num_nodes is 2, but torchrun started processes on 1 nodes:"),
-        (
-            "--data.global_batch=9",
-            "data.global_batch 9 does not divide by trainer.devices 2 × trainer.num_nodes 1 = 2;",
-        ),
-        ("--data.source=./nowhere", "./nowhere"),
-    ],
-)
-def test_what_the_world_does_not_allow_is_refused_by_all(tmp_path: Path, argv: str, said: str) -> None:
-    write(tmp_path)
-    assert on_ranks(2, fit, tmp_path, ["tiny.yaml", argv]) == [2, 2]
-    errors = printed(tmp_path, "err")
-    assert said in errors
-    assert errors.count("\n") == 1
-    assert not (tmp_path / "runs").exists()
-
-
-def test_an_error_on_rank_3_alone_is_shown_once_with_the_rank(tmp_path: Path) -> None:
-    write(tmp_path)
-    codes = on_ranks(4, fit, tmp_path, ["tiny.yaml"], 3)
-    assert 0 not in codes
-    errors = printed(tmp_path, "err")
-    assert errors.count("error: ") == 1
-    assert "error: rank 3 (" in errors
-    assert "): FloatingPointError: this device is broken\n" in errors
-    assert errors.count("Traceback") == 1
-
-
-def test_all_ranks_write_to_one_folder_and_resume_one_checkpoint(tmp_path: Path) -> None:
-    write(tmp_path)
-    assert on_ranks(2, fit, tmp_path, ["tiny.yaml"], nodes=2) == [0, 0]
-    (folder,) = tmp_path.glob("runs/tiny/*")
-    assert "on 1 × cpu × 2 nodes" in (tmp_path / "out 0").read_text()
-    assert (tmp_path / "out 1").read_text() == ""
-    assert on_ranks(2, fit, tmp_path, ["tiny.yaml", "--trainer.max_epochs=2", "--resume=last"]) == [0, 0]
-    assert [folder] == list(tmp_path.glob("runs/tiny/*"))
-    assert "step 4/4" in (tmp_path / "out 0").read_text()
-
-
-def test_processes_that_lightning_starts_take_the_choice_of_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = Recipe()
-    recipe.run.folder, recipe.run.name = str(tmp_path), "mine"
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setenv("XCEPTION_PL_OUTPUT", "")  # restored afterwards
-    chosen = choose_output(recipe, None, None)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    chosen[0].mkdir(parents=True)  # the first has begun to write
-    assert choose_output(recipe, "last", None) == chosen
+def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path: Path) -> None:
+    """With loader workers; the exit code is the signal's."""
+    process, rank1 = start(tmp_path, workers=1)
+    os.kill(rank1, signal.SIGTERM)
+    printed, errors = process.communicate(timeout=200)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert printed.count("SIGTERM: stopped after step ") == 1
+    assert "Traceback" not in errors
+    assert_gone(rank1)
