@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -71,6 +72,10 @@ class Agents:
                 found.append(int(pid))
         return found
 
+    def first_listens(self) -> bool:
+        with socket.socket() as connection:
+            return connection.connect_ex(("127.0.0.1", self.port)) == 0
+
     def logs(self) -> str:
         return "\n".join(path.read_text(errors="replace")[-4000:] for path in sorted(self.folder.glob("agent *")))
 
@@ -111,6 +116,7 @@ def test_a_process_and_an_agent_that_die_change_no_weight(tmp_path: Path, undist
     agents = Agents(folder)
     try:
         agents.start()
+        agents.wait(agents.first_listens, "the first agent holds the rendezvous, which is lost with it")
         agents.start()
         agents.wait(lambda: agents.step() >= 20, "trains")
         workers = agents.workers()
