@@ -65,6 +65,15 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
             "data.global_batch 30 does not divide by trainer.devices 4",
         ),
         ("data: {image_size: 70}", "data.image_size"),
+        (
+            "data: {retry_seconds: 900}",
+            "data.retry_seconds 900 must be less than trainer.timeout_seconds 600: the other devices would give up",
+        ),
+        (
+            "data: {global_batch: 64}\ntrainer: {devices: 1, accumulate_grad_batches: 2, max_device_batch: 16}",
+            "trainer.max_device_batch is 16, but data.global_batch 64 on 1 devices with "
+            "trainer.accumulate_grad_batches 2 is 32 a device",
+        ),
         ("run: {folder: /proc/nowhere}", "run.folder /proc/nowhere cannot be written to"),
         ("run: {wandb: project}", "run.wandb needs the package wandb"),
         ("run: {name: a/b}", "run.name must be a plain folder name"),

@@ -104,6 +104,14 @@ def test_the_rate_depends_on_images_not_on_how_a_batch_is_split() -> None:
     assert small[::2] == large
 
 
+def test_lr_batch_scales_the_whole_curve_in_proportion() -> None:
+    plain = OptimConfig(lr=0.1, final_lr=0.01, schedule="cosine", warmup_epochs=0.2)
+    meant_for_five = OptimConfig(lr=0.1, lr_batch=5, final_lr=0.01, schedule="cosine", warmup_epochs=0.2)
+    doubled = rates(meant_for_five, 10, global_batch=10)
+    assert doubled == pytest.approx([2 * rate for rate in rates(plain, 10, global_batch=10)], rel=1e-15)
+    assert rates(meant_for_five, 10, global_batch=5) == rates(plain, 10, global_batch=5)
+
+
 def test_a_stair_shorter_than_a_step_is_an_error_that_names_both_keys() -> None:
     with pytest.raises(ValueError, match=r"optim\.decay_every_epochs 2\.0 .*data\.global_batch"):
         learning_rate(OptimConfig(), 0, images_per_epoch=100, global_batch=256, total_steps=1)

@@ -104,7 +104,8 @@ class Plan:
     def _rate_line(self, learning_rate: Callable[[int], float]) -> str:
         optim, total = self.recipe.optim, self.total_steps
         if total is None or self.train_images is None:
-            return f"{optim.lr:.6g} at the start, {optim.schedule}{self._scaled()}"
+            scale = self.recipe.data.global_batch / optim.lr_batch if optim.lr_batch is not None else 1
+            return f"{optim.lr * scale:.6g} at the start, {optim.schedule}{self._scaled()}"
         start, middle, end = (learning_rate(step) for step in (0, total // 2, total - 1))
         return (
             f"{start:.6g} at the start, {middle:.6g} in the middle, {end:.6g} at the end "
