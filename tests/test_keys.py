@@ -12,7 +12,15 @@ import torch
 from lightning.pytorch import loggers
 from lightning.pytorch.loggers import Logger
 
-from xception_pl.build import build_data, build_loggers, build_module, build_trainer, choose_kernels, find_devices
+from xception_pl.build import (
+    build_data,
+    build_loggers,
+    build_module,
+    build_start,
+    build_trainer,
+    choose_kernels,
+    find_devices,
+)
 from xception_pl.data import source, stream
 from xception_pl.data.augment import DeviceAugment
 from xception_pl.data.config import SAMPLE, local_path
@@ -22,6 +30,7 @@ from xception_pl.recipe import Recipe, RecipeError, load_recipe, schema
 from xception_pl.run.guard import StepGuard
 from xception_pl.run.interrupt import SignalFlag
 from xception_pl.run.watchdog import Watchdog
+from xception_pl.weights.safetensors import save_weights
 
 BASE = """
 model: {num_classes: 10, width: 0.125, middle_blocks: 1}
@@ -31,7 +40,7 @@ data: {source: sample, val_split: test, image_size: 71, global_batch: 8, eval_ba
 
 def of_network(recipe: Recipe) -> Any:
     """Shapes, layout, one training step's output and statistics, what is saved for the backward pass."""
-    module = build_module(recipe, images_per_epoch=64, total_steps=10)
+    module = build_module(recipe, images_per_epoch=64, total_steps=10, start=build_start(recipe))
     kernels = choose_kernels(recipe, module.network, find_devices(recipe.trainer)[0])
     module.on_fit_start()
     compiled = module.network._compiled_call_impl is not None
@@ -188,6 +197,13 @@ def write_other(folder: Path) -> Path:
     return folder
 
 
+def write_weights(path: Path, recipe: Recipe) -> Path:
+    """Weights of the recipe's network, with another seed than the recipe's."""
+    recipe.seed += 1
+    save_weights(build_module(recipe, images_per_epoch=64, total_steps=10), path)
+    return path
+
+
 class FakeWandb(Logger):
     """Stands where Lightning's WandbLogger does, and keeps what it was made with."""
 
@@ -215,7 +231,9 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> None:
 BACKWARDS = list(range(15, -1, -1))
 RMSPROP, COSINE = {"optim.name": "rmsprop"}, {"optim.schedule": "cosine", "optim.decay_rate": "0.94"}
 OTHER = {"data.source": "{other}"}
-# Key: the value to change to, and what else the recipe must say for the key to have a meaning. {other} is write_other's.
+WEIGHTS = {"model.weights": "{weights}"}
+# Key: the value to change to, and what else the recipe must say for the key to have a meaning. {other} is write_other's,
+# {weights} write_weights'.
 CHANGES: dict[str, tuple[str, dict[str, str]]] = {
     "seed": ("1", {}),
     "model.name": ("resnet10t", {"model.width": "1", "model.middle_blocks": "8"}),
@@ -233,12 +251,16 @@ CHANGES: dict[str, tuple[str, dict[str, str]]] = {
     "model.grad_checkpointing": ("true", {}),
     "model.bn_momentum": ("0.5", {}),
     "model.numerics": ("torch", {}),
+    "model.weights": ("{weights}", {}),
+    "model.freeze": ("1", WEIGHTS),
+    "model.freeze_statistics": ("true", WEIGHTS),
     "model.channels_last": ("false", {}),
     "model.compile": ("true", {}),
     "model.kernels": ("fused", {}),
     "optim.name": ("rmsprop", {}),
     "optim.lr": ("0.1", {}),
     "optim.lr_batch": ("16", {}),
+    "optim.layer_decay": ("0.8", {}),
     "optim.momentum": ("0.8", {}),
     "optim.nesterov": ("true", {}),
     "optim.rho": ("0.8", RMSPROP),
@@ -345,10 +367,13 @@ def test_every_key_changes_something(key: str, tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "base.yaml"
     path.write_text(BASE)
     other = str(write_other(tmp_path / "other"))
+    weights = str(write_weights(tmp_path / "weights", load_recipe(path)))
     section = key.partition(".")[0]
 
     def observed(overrides: dict[str, str]) -> Any:
-        recipe = load_recipe(path, {name: text.replace("{other}", other) for name, text in overrides.items()})
+        recipe = load_recipe(
+            path, {name: text.format(other=other, weights=weights) for name, text in overrides.items()}
+        )
         if key in OBSERVERS or (section in OBSERVERS and key not in FAULTS):
             return OBSERVERS.get(key, OBSERVERS.get(section))(recipe)
         observer = {"trainer": of_trainer, "run": of_run, "data": of_faults}[section]

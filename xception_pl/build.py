@@ -33,6 +33,7 @@ from xception_pl.run.log import RunLog
 from xception_pl.run.metrics_csv import MetricsCsv
 from xception_pl.run.progress import ProgressLine
 from xception_pl.run.watchdog import Watchdog
+from xception_pl.weights.start import Start, start_from
 
 
 def build_data(recipe: Recipe, *, ranks: int = 1) -> ImageNetDataModule:
@@ -54,8 +55,9 @@ def build_module(
     total_steps: int | None,
     class_names: list[str] | None = None,
     class_weights: list[float] | None = None,
+    start: Start | None = None,
 ) -> XceptionModule:
-    """The network and its training; weights follow from the recipe's seed."""
+    """The network and its training; weights follow from the recipe's seed, or are those of `start`."""
     torch.manual_seed(recipe.seed)
     return XceptionModule(
         recipe.model,
@@ -66,7 +68,20 @@ def build_module(
         class_names=class_names,
         class_weights=class_weights,
         preprocessing={"image_size": recipe.data.image_size, "eval_crop": recipe.data.eval_crop},
+        network=None if start is None else start.network,
     )
+
+
+def build_start(recipe: Recipe, class_names: list[str] | None = None) -> Start | None:
+    """The network that `model.weights` gives; None where it is null. What is new in it follows from the recipe's seed.
+
+    Raises:
+        WeightsError: the weights cannot be read, or do not fit.
+    """
+    if recipe.model.weights is None:
+        return None
+    torch.manual_seed(recipe.seed)
+    return start_from(recipe.model, class_names)
 
 
 def choose_kernels(recipe: Recipe, network: nn.Module, accelerator: Literal["cpu", "gpu"]) -> str:

@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from xception_pl.metrics import MeanAveragePrecisionAtK
 from xception_pl.nets.config import ModelConfig
 from xception_pl.nets.create import create_network
+from xception_pl.nets.freezing import freeze
 from xception_pl.nets.step_statistics import StepStatistics
 from xception_pl.optim.averaging import PolyakAverage
 from xception_pl.optim.config import OptimConfig
@@ -39,6 +40,7 @@ class XceptionModule(LightningModule):
         class_names: Names of the classes, kept with the weights.
         class_weights: Weights of the classes in MAP@100; None for equal ones.
         preprocessing: How evaluation images were prepared (`image_size`, `eval_crop`), kept with the weights.
+        network: Goes on from this network, built as `model` says; None makes a fresh one.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class XceptionModule(LightningModule):
         class_names: list[str] | None = None,
         class_weights: list[float] | None = None,
         preprocessing: dict[str, Any] | None = None,
+        network: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model_config = ModelConfig(**model) if isinstance(model, dict) else model or ModelConfig()
@@ -71,7 +74,8 @@ class XceptionModule(LightningModule):
             }
         )
         self.class_names = class_names
-        self.network = create_network(self.model_config)
+        self.network = create_network(self.model_config) if network is None else network
+        self._frozen = freeze(self.network, self.model_config.freeze, statistics=self.model_config.freeze_statistics)
         if self.model_config.channels_last:
             self.network.to(memory_format=torch.channels_last)
         self.average = PolyakAverage(self.network, self.optim_config.ema_decay) if self.optim_config.ema_decay else None
@@ -103,6 +107,13 @@ class XceptionModule(LightningModule):
     def evaluated(self) -> nn.Module:
         """What is evaluated, exported and used for prediction: the averaged network, or the network where averaging is off."""
         return self.network if self.average is None else self.average.network
+
+    def train(self, mode: bool = True) -> "XceptionModule":
+        """Training or evaluation mode; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of optimiser step `step`, counted from 0."""
@@ -200,7 +211,7 @@ class XceptionModule(LightningModule):
         # Set here, from the step alone: a scheduler would have state of its own to restore.
         rate = self.learning_rate(self.trainer.global_step)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self._statistics is not None:
             self._statistics.step_ends()

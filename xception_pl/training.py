@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from xception_pl.build import (
     build_data,
     build_module,
+    build_start,
     build_trainer,
     check_network,
     choose_kernels,
@@ -39,6 +40,7 @@ from xception_pl.run.requeue import requeue
 from xception_pl.run.resume import Resumed, load_for_resume
 from xception_pl.run.watchdog import Watchdog
 from xception_pl.weights.safetensors import save_weights
+from xception_pl.weights.start import Start
 
 
 @dataclass(kw_only=True)
@@ -53,6 +55,7 @@ class Prepared:
     devices: int
     nodes: int
     kernels: str
+    start: Start | None = None
     resumed: Resumed | None = None
 
     @property
@@ -69,6 +72,8 @@ class Prepared:
             folder=f"{self.folder}/",
         )
         lines.append(f"kernels   {self.kernels}")
+        lines += [f"weights   {self.start.what}"] if self.start is not None else []
+        lines += self._frozen()
         if not self.plan.unchecked and self.data.commit is not None:
             lines.append(f"revision  commit {self.data.commit}")
         lines += [f"warning   {sentence}" for sentence in idle_augment(self.plan.recipe.data)]
@@ -77,6 +82,14 @@ class Prepared:
         except native.Unavailable as reason:
             lines.append(f"warning   images are decoded by Pillow, several times slower: {reason}")
         return lines + [f"changed   {line}" for line in (self.resumed.lines() if self.resumed is not None else [])]
+
+    def _frozen(self) -> list[str]:
+        """What does not train."""
+        model = self.plan.recipe.model
+        parts = [f"blocks 1 to {model.freeze}"] if model.freeze else []
+        parts += ["the statistics of every batch norm"] if model.freeze_statistics else []
+        trained = sum(p.numel() for p in self.module.network.parameters() if p.requires_grad)
+        return [f"frozen    {' and '.join(parts)}; {trained:,} parameters train"] if parts else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,12 +168,15 @@ def _build(
     )
     if plan.problems():
         raise RecipeError(plan.problems())
+    class_names = list(data.class_names) if known else None
+    start = build_start(recipe, class_names) if checkpoint is None else None  # a checkpoint has all weights itself
     module = build_module(
         recipe,
         images_per_epoch=plan.train_images,
         total_steps=plan.total_steps,
-        class_names=list(data.class_names) if known else None,
+        class_names=class_names,
         class_weights=source.class_weights,
+        start=start,
     )
     if plan.total_steps is not None and plan.train_images is not None:
         module.learning_rate(plan.total_steps - 1)  # refuses stairs shorter than a step
@@ -173,6 +189,7 @@ def _build(
         devices=machine.devices,
         nodes=machine.nodes,
         kernels=choose_kernels(recipe, module.network, machine.accelerator),
+        start=start,
         resumed=None if checkpoint is None else load_for_resume(checkpoint, recipe),
     )
 

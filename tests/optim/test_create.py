@@ -150,3 +150,40 @@ def test_the_optimiser_resumes_exactly(name: Any) -> None:
     train(resumed, again, 2)
     for left, right in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(left, right)
+
+
+def test_layer_decay_is_timms() -> None:
+    """The rate's factor of each parameter, against timm's own grouping."""
+    from timm.optim import param_groups_layer_decay
+
+    with torch.device("meta"):
+        network = Xception(width=0.125, middle_blocks=2, fc_units=(16,))
+    names = {parameter: name for name, parameter in network.named_parameters()}
+
+    def scales(groups: list[dict[str, Any]]) -> dict[str, float]:
+        return {names[parameter]: group["lr_scale"] for group in groups for parameter in group["params"]}
+
+    ours = scales(parameter_groups(network, OptimConfig(layer_decay=0.7)))
+    assert ours == pytest.approx(scales(param_groups_layer_decay(network, layer_decay=0.7)), rel=1e-12)
+    assert ours["fc.weight"] == ours["fc_layers.0.bias"] == 1.0
+    assert ours["block8.bn1.weight"] == pytest.approx(0.7)
+    assert ours["block1.conv1.weight"] == pytest.approx(0.7**8)
+
+
+def test_without_layer_decay_all_learn_alike() -> None:
+    assert [group["lr_scale"] for group in parameter_groups(small_network(), OptimConfig())] == [1.0, 1.0]
+
+
+def test_layer_decay_needs_depths() -> None:
+    with pytest.raises(ValueError, match=r"optim\.layer_decay"):
+        parameter_groups(small_network(), OptimConfig(layer_decay=0.5))
+
+
+def test_frozen_blocks_do_not_shift_the_depths() -> None:
+    with torch.device("meta"):
+        network = Xception(width=0.125, middle_blocks=0)
+    network.block1.requires_grad_(False)
+    groups = {group["name"]: group["lr_scale"] for group in parameter_groups(network, OptimConfig(layer_decay=0.5))}
+    assert groups["l2.6"] == 1.0
+    assert groups["no_l2.1"] == 0.5**5
+    assert "l2.0" not in groups

@@ -73,4 +73,9 @@ def _unfit(network: nn.Module) -> str | None:
         return "grad_checkpointing recomputes the plain layers"
     if network.numerics != "keras":
         return f"the fused kernels pool as Keras does, not as model.numerics {network.numerics}"
+    norms = (module for module in network.modules() if isinstance(module, nn.BatchNorm2d))
+    if any(norm.training != network.training for norm in norms) or any(
+        not p.requires_grad for p in network.parameters()
+    ):
+        return "parts of it are frozen"
     return None

@@ -45,6 +45,13 @@ class ModelConfig:
     """Run the network through torch.compile."""
     kernels: Literal["auto", "torch", "fused"] = "auto"
     """How training computes the network: `torch` plainly, `fused` by kernels of our own, `auto` by the faster (xception only)."""
+    weights: str | None = None
+    """File or hub id of the weights that training starts from, in any format that `load_network` reads; where the classes
+    are others the logistic layer is new. null starts from random ones."""
+    freeze: int = 0
+    """Blocks that stay as loaded, statistics too, counted from the input; 14 trains only the head (xception only)."""
+    freeze_statistics: bool = False
+    """Batch norm everywhere keeps the loaded means and variances and normalises by them, in training too."""
 
 
 def check(config: ModelConfig) -> list[str]:
@@ -60,6 +67,17 @@ def check(config: ModelConfig) -> list[str]:
         problems.append(f"model.bn_momentum must be above 0 and at most 1, or null, not {config.bn_momentum}.")
     if config.width <= 0:
         problems.append(f"model.width must be above 0, not {config.width}.")
+    blocks = 6 + config.middle_blocks if config.name == "xception" else 0
+    if not 0 <= config.freeze <= max(blocks, 0):
+        problems.append(f"model.freeze must be 0 to the {blocks} blocks of {config.name}, not {config.freeze}.")
+    if config.weights is None:
+        problems += [
+            f"model.{name} keeps what was loaded, and model.weights is null: name the weights, or leave it out."
+            for name in ("freeze", "freeze_statistics")
+            if getattr(config, name)
+        ]
+    elif not config.weights:
+        problems.append("model.weights is empty: name a file or a hub id, or leave it out.")
     if config.segments is not None and config.segments < 1:
         problems.append(f"model.segments must be at least 1, or null for one a channel, not {config.segments}.")
     if config.kernels == "fused":

@@ -363,6 +363,10 @@ class Xception(nn.Module):
         """The logistic layer."""
         return self.fc
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """How timm numbers parameters by depth: block 1 is 0, the head comes last; `coarse` makes no difference."""
+        return {"stem": r"^block1\.", "blocks": [(r"^block(\d+)\.", None)]}
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether to recompute each block's activations in the backward pass. Results do not change."""
         self.grad_checkpointing = enable

@@ -15,6 +15,9 @@ class OptimConfig:
     """Learning rate at the start, for the recipe's global batch, or that of lr_batch."""
     lr_batch: int | None = None
     """Global batch that lr and final_lr are meant for: another one scales them in proportion (linear rule); null does not."""
+    layer_decay: float = 1.0
+    """Factor on the rate from each block to the one before it: the head learns with lr, the last block with layer_decay
+    times it, the one before with its square; for fine-tuning."""
     momentum: float = 0.9
     """Momentum of either optimiser."""
     nesterov: bool = False
@@ -63,6 +66,7 @@ def check(config: OptimConfig) -> list[str]:
     # Written so that NaN, which compares false, is wrong everywhere.
     must("lr", 0 < config.lr < inf, "a finite number above 0")
     must("lr_batch", config.lr_batch is None or config.lr_batch > 0, "above 0, or null")
+    must("layer_decay", 0 < config.layer_decay <= 1, "above 0 and at most 1")
     must("momentum", 0 <= config.momentum < 1, "at least 0 and less than 1")
     must("rho", 0 <= config.rho < 1, "at least 0 and less than 1")
     must("eps", 0 < config.eps < inf, "a finite number above 0")

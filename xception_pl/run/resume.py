@@ -9,7 +9,16 @@ import torch
 from xception_pl.recipe import Recipe, RecipeError, flat, schema, to_plain
 from xception_pl.run.decides import what_decides
 
-_FIXED = ("seed", "model.", "data.global_batch", "data.source", "optim.name", "optim.l2_on", "optim.loss")
+_FIXED = (
+    "seed",
+    "model.",
+    "data.global_batch",
+    "data.source",
+    "optim.name",
+    "optim.l2_on",
+    "optim.layer_decay",
+    "optim.loss",
+)
 """Keys without which a checkpoint's weights, optimiser state or position mean something else."""
 _FREE = ("model.compile", "model.channels_last", "model.grad_checkpointing", "model.kernels")
 """Of these, keys that say how the network is computed, not what it is."""

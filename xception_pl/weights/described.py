@@ -5,7 +5,7 @@ It is read from files that anyone may have written, so every value is checked be
 
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from xception_pl.nets import config as nets_config
@@ -36,7 +36,8 @@ def read_description(stored: Stored, described: Mapping[str, Any]) -> None:
         problems = nets_config.check(config) + _too_large(config, len(stored.tensors))
         if problems:
             raise WeightsError(f"{stored.source} describes a network that cannot be: {problems[0]}")
-        stored.model = config
+        # how the network was trained is not what it is
+        stored.model = replace(config, weights=None, freeze=0, freeze_statistics=False)
     stored.preprocessing = _dataclass_from(Preprocessing, preprocessing, stored, "preprocessing")
     if not 1 <= stored.preprocessing.image_size <= 16384:
         raise WeightsError(

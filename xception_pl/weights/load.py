@@ -48,6 +48,21 @@ def load_network(source: str | Path | nn.Module, *, num_classes: int | None = No
         ValueError: in one sentence, with a table where tensors do not fit: the file cannot be read, would execute code,
             is damaged, or belongs to another network.
     """
+    config, network = load_described(source, raw=raw)
+    if num_classes is not None and num_classes != config.num_classes:
+        has = f"has a logistic layer of {config.num_classes} outputs" if config.num_classes else "has no logistic layer"
+        warnings.warn(f"{source} {has}: a new one of {num_classes}, not yet trained, takes its place", stacklevel=2)
+        network.reset_classifier(num_classes)
+        network.class_names = None
+    return ready(network).eval()
+
+
+def load_described(source: str | Path | nn.Module, *, raw: bool = False) -> tuple[ModelConfig, Xception]:
+    """`load_network` as the file has it, with the model section of a recipe that makes this network.
+
+    Raises:
+        WeightsError: as `load_network`.
+    """
     stored = read_weights(source)
     if raw:
         if stored.raw_tensors is None:
@@ -62,14 +77,7 @@ def load_network(source: str | Path | nn.Module, *, num_classes: int | None = No
     network = _with_tensors(config, stored, layout)
     network.preprocessing = stored.preprocessing or layout.preprocessing
     network.class_names = _class_names(stored, config.num_classes)
-    if num_classes is not None and num_classes != config.num_classes:
-        has = f"has a logistic layer of {config.num_classes} outputs" if config.num_classes else "has no logistic layer"
-        warnings.warn(
-            f"{stored.source} {has}: a new one of {num_classes}, not yet trained, takes its place", stacklevel=2
-        )
-        network.reset_classifier(num_classes)
-        network.class_names = None
-    return ready(network).eval()
+    return config, network
 
 
 def _recognise(stored: Stored) -> tuple[dict[str, Tensor], Layout]:
