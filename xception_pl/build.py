@@ -279,7 +279,11 @@ class StepSeed(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         position = (self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
-        torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0]))
+        seed = int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0])
+        # torch.manual_seed would do, but where CUDA is compiled in and not in use, it keeps a stack trace for later: each step.
+        torch.default_generator.manual_seed(seed)
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
 
 def _quiet() -> None:

@@ -67,8 +67,7 @@ class PolyakAverage(nn.Module):
         Raises:
             ValueError: if the network has other parameters or buffers than the copied one.
         """
-        shadows = [*self.network.parameters(), *self.network.buffers()]
-        values = [*network.parameters(), *network.buffers()]
+        shadows, values = _tensors(self.network), _tensors(network)
         if [s.shape for s in shadows] != [v.shape for v in values]:
             raise ValueError("the network to average has other parameters or buffers than the one that was copied")
         pull = self._pull()
@@ -76,9 +75,7 @@ class PolyakAverage(nn.Module):
             mine = [shadow for shadow in shadows if shadow.dtype == dtype]
             theirs = [value for shadow, value in zip(shadows, values, strict=True) if shadow.dtype == dtype]
             if dtype.is_floating_point:
-                differences = torch._foreach_sub(mine, theirs)
-                torch._foreach_mul_(differences, pull.to(dtype))
-                torch._foreach_sub_(mine, differences)
+                _pull(mine, theirs, pull.to(dtype))
             else:
                 torch._foreach_copy_(mine, theirs)
         self.updates += 1
@@ -88,3 +85,31 @@ class PolyakAverage(nn.Module):
         # 1 - (1 + n) / (10 + n) = 9 / (10 + n), without the cancellation.
         dtype = torch.float32 if self.updates.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         return (9.0 / (10.0 + self.updates.to(dtype))).clamp(min=1.0 - self.decay)
+
+
+def _pull(shadows: list[Tensor], values: list[Tensor], weight: Tensor) -> None:
+    """`shadow -= weight * (shadow - value)`, in one pass over memory where reading the weight waits for nothing."""
+    if weight.device.type == "cpu":
+        torch._foreach_lerp_(shadows, values, weight.item())
+        return
+    differences = torch._foreach_sub(shadows, values)
+    torch._foreach_mul_(differences, weight)
+    torch._foreach_sub_(shadows, differences)
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, each once, in the order of the modules.
+
+    `network.parameters()` makes each one's name on the way, which takes as long as the update of a small network.
+    """
+    found: dict[int, Tensor] = {}
+
+    def collect(module: nn.Module) -> None:
+        for tensors in (module._parameters, module._buffers):
+            found.update((id(tensor), tensor) for tensor in tensors.values() if tensor is not None)
+        for child in module._modules.values():
+            if child is not None:
+                collect(child)
+
+    collect(network)
+    return list(found.values())
