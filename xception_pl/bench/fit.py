@@ -120,9 +120,10 @@ def one_device(recipe: "Recipe") -> "Recipe":
         max_epochs=1,
         max_steps=-1,
         check_val_every_n_epoch=10**9,
+        val_check_interval=1.0,
     )
     data = replace(recipe.data, global_batch=recipe.data.global_batch // ranks)
-    run = replace(recipe.run, wandb=None, save_every_steps=0)
+    run = replace(recipe.run, wandb=None, save_every_steps=0, save_every_minutes=0.0)
     return replace(recipe, trainer=trainer, data=data, run=run)
 
 
