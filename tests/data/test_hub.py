@@ -14,7 +14,8 @@ import pytest
 from huggingface_hub import HfFileSystem
 
 from tests.data.tracing import CLASSES, SaveAt, Tracer, features, png, trainer
-from tests.loopback_hub import LoopbackHub, _Handler, reset, short, sometimes, stall, status, truncated
+from tests.loopback_hub import LoopbackHub, reset, short, sometimes, stall, status, truncated
+from xception_pl.bench.loopback import _Handler
 from xception_pl.data import fetch
 from xception_pl.data.config import DataConfig
 from xception_pl.data.datamodule import ImageNetDataModule

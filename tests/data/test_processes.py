@@ -90,7 +90,7 @@ def test_memory_is_flat_over_epochs(tmp_path: Path, workers: int) -> None:
     loader = data.train_dataloader()
     sizes = []
     for epoch in range(6):
-        loader._position = lambda epoch=epoch: (epoch, 0)
+        loader.position = lambda epoch=epoch: (epoch, 0)
         for _ in loader:
             pass
         pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children() if child.pid)]

@@ -7,7 +7,7 @@ MEASUREMENTS = {
     "train": "training steps: this package, timm and Keras, beside what the machine allows",
     "infer": "inference: this package, timm, Keras, ONNX Runtime and OpenVINO, beside what the machine allows",
     "fit": "a recipe: input alone, compute alone, both through the Trainer, and which of them bounds it",
-    "data": "JPEG files to training crops and batches: this package, timm and torchvision",
+    "data": "JPEG files to training crops and batches: this package, timm, torchvision and DALI; the start of a run",
     "scaling": "no measurement: a model of a step on many GPUs, with the numbers that it rests on",
 }
 

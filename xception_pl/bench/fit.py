@@ -137,7 +137,7 @@ def measure(prepared: "Prepared", folder: Path, *, rounds: int, steps: int | Non
     # The module's loader, before the Trainer's takes its place: it begins at the first batch and knows no trainer.
     loader = data.train_dataloader()
     # A pass after the other, wherever the Trainer is.
-    loader._position = ((epoch, 0) for epoch in count()).__next__
+    loader.position = ((epoch, 0) for epoch in count()).__next__
     ahead = recipe.data.workers * recipe.data.prefetch
     gate = Gate(loader, bare, ahead=ahead, rounds=rounds, steps=steps, accumulate=prepared.plan.accumulated)
     recipe.trainer.limit_train_batches = None

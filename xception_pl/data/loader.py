@@ -63,7 +63,7 @@ class PlannedLoader:
         finish: Callable[[Item], Item | DataError] | None = None,
     ) -> None:
         self.batches = batches
-        self._position = position
+        self.position = position
         self._order = dict(order or {})
         self._accumulate, self._on_resume, self._new_epoch = accumulate, on_resume, new_epoch
         self._on_faults, self._on_batch, self._on_corrupt = on_faults, on_batch, on_corrupt
@@ -92,7 +92,7 @@ class PlannedLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, index = self._position()  # a generator: not before the first batch is asked for
+        epoch, index = self.position()  # a generator: not before the first batch is asked for
         while index < len(self):
             batch = self._take((epoch, index))
             index += 1
