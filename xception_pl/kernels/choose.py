@@ -10,7 +10,7 @@ from xception_pl.nets.xception import Xception
 
 Kernels = Literal["auto", "torch", "fused"]
 
-PATHS: dict[str, str] = {"cuda": "xception_pl.kernels.gpu"}
+PATHS: dict[str, str] = {"cpu": "xception_pl.kernels.cpu", "cuda": "xception_pl.kernels.gpu"}
 """Device types that have a fused path, and the module that holds it."""
 
 

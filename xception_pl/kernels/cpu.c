@@ -96,6 +96,15 @@ struct right {
 static int depth(const struct left *l) { return l->kind == PATCHES ? 9 * l->channels : l->channels; }
 static int pixels(const struct left *l) { return l->batch * l->out_height * l->out_width; }
 
+/* Floats in a vector of the processor that this was compiled for; 0 where it has none of eight. */
+int vectors(void) {
+#if defined(__AVX2__) && defined(__FMA__)
+  return WIDTH;
+#else
+  return 0;
+#endif
+}
+
 /* Pixels of a tile: as many as leave its left-hand side room in the second-level cache, the same number in each. */
 int tile_pixels(int count, int depth) {
   int most = larger(24, smaller(96, 40960 / depth));
@@ -251,8 +260,8 @@ static __attribute__((noinline)) void multiply_rows(int depth, const float *a, l
   multiply(depth, a, step, 1, b, out, PANEL, 0);
 }
 static __attribute__((noinline)) void multiply_columns(int count, const float *a, long step, const float *b, float *out,
-                                                       long out_step) {
-  multiply(count, a, 1, step, b, out, out_step, 1);
+                                                       long out_step, int add) {
+  multiply(count, a, 1, step, b, out, out_step, add);
 }
 
 /* The right-hand side of a product in panels of PANEL columns, row by row, with zeros after the last column.
@@ -402,4 +411,251 @@ void pool(const struct pool *o, float *out, int threads) {
       });
     }
   }
+}
+
+/* ---- Training: what is done to a map beside its products ---- */
+
+/* out = max(in * scale + shift + added, floor) for `count` pixels; `added` may be NULL. */
+void affine(const float *in, int count, int channels, const float *scale, const float *shift, const float *added,
+            float floor, float *out, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int p = 0; p < count; p++) {
+    long at = (long)p * channels;
+    EACH_VECTOR(0, channels, {
+      vec v = load(in + at + c, lanes) * load(scale + c, lanes) + load(shift + c, lanes);
+      if (added) v += load(added + at + c, lanes);
+      store(out + at + c, at_least(splat(floor), v), lanes);
+    });
+  }
+}
+
+/* A GRADIENT as a map in memory. */
+void gradient_map(const struct left *l, float *out, int threads) {
+  int count = pixels(l), parts = over(count, 64);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int part = 0; part < parts; part++) {
+    struct tile t = {out + (long)part * 64 * l->channels, l->channels, 0, 0};
+    fill(l, part * 64, smaller(64, count - part * 64), &t, 0, l->channels);
+  }
+}
+
+/* Sums over tasks, in their order. */
+static void join(const float *parts, int tasks, long floats, float *out, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (long i = 0; i < floats; i++) {
+    double sum = 0;
+    for (int task = 0; task < tasks; task++) sum += parts[task * floats + i];
+    out[i] = (float)sum;
+  }
+}
+
+enum { MOST = 64 }; /* tasks of a sum over pixels */
+
+/* Behind a batch norm: the sums (2, channels) of the gradient g, and of g * (in - mean), over all pixels. With `masked`
+ * g is first made zero where in * scale + shift is not above zero, and kept there. `parts`: MOST * 2 * channels. */
+void norm_sums(const float *g, const float *in, int count, int channels, const float *mean, const float *scale,
+               const float *shift, float *masked, float *parts, float *sums, int threads) {
+  int share = over(count, MOST), tasks = over(count, share);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int task = 0; task < tasks; task++)
+    for (int first = task * share, end = smaller(count, first + share), block = first; block < end; block += 32)
+      EACH_VECTOR(0, channels, {
+        float *to = parts + (long)task * 2 * channels + c;
+        vec sum = {0}, product = {0}, middle = load(mean + c, lanes), zero = {0}, a = zero, b = zero;
+        if (masked) a = load(scale + c, lanes), b = load(shift + c, lanes);
+        if (block > first) sum = load(to, lanes), product = load(to + channels, lanes);
+        for (int p = block; p < smaller(end, block + 32); p++) {
+          long at = (long)p * channels + c;
+          vec v = load(g + at, lanes), u = load(in + at, lanes);
+          if (masked) {
+            v = choose(u * a + b > zero, v, zero);
+            store(masked + at, v, lanes);
+          }
+          sum += v;
+          product += v * (u - middle);
+        }
+        store(to, sum, lanes);
+        store(to + channels, product, lanes);
+      });
+  join(parts, tasks, 2L * channels, sums, threads);
+}
+
+/* The gradient of pool() for `in * scale + shift`, every window's to the first of its largest values, and as in
+ * norm_sums() the sums of it. `parts`: batch * 2 * channels. */
+void pool_backward(const struct pool *o, const float *g, const float *mean, float *out, float *parts, float *sums,
+                   int threads) {
+  int C = o->channels, wide = 4 * WIDTH, blocks = over(C, wide);
+  long row = (long)o->width * C;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int task = 0; task < o->batch * blocks; task++) {
+    int b = task / blocks, from = task % blocks * wide, to = smaller(C, from + wide), zeroed = 0;
+    const float *image = o->in + b * o->height * row;
+    float *into = out + b * o->height * row, *part = parts + (long)b * 2 * C;
+    memset(part + from, 0, sizeof(float) * (size_t)(to - from));
+    memset(part + C + from, 0, sizeof(float) * (size_t)(to - from));
+    for (int y = 0; y <= o->out_height; y++) {
+      int reach = y < o->out_height ? y * o->stride - o->top + 2 * o->dilation + 1 : o->height;
+      for (; zeroed < smaller(o->height, reach); zeroed++)
+        for (int x = 0; x < o->width; x++)
+          memset(into + zeroed * row + (long)x * C + from, 0, sizeof(float) * (size_t)(to - from));
+      if (y == o->out_height) break;
+      for (int x = 0; x < o->out_width; x++)
+        EACH_VECTOR(from, to, {
+          mask tap;
+          vec raw, scale = load(o->scale + c, lanes), shift = load(o->shift + c, lanes);
+          window(o, image, y, x, c, lanes, scale, shift, &tap, &raw);
+          vec v = load(g + (((long)b * o->out_height + y) * o->out_width + x) * C + c, lanes), zero = {0};
+          store(part + c, load(part + c, lanes) + v, lanes);
+          store(part + C + c, load(part + C + c, lanes) + v * (raw - load(mean + c, lanes)), lanes);
+          for (int i = 0; i < 9; i++) {
+            int iy = y * o->stride - o->top + i / 3 * o->dilation, ix = x * o->stride - o->left + i % 3 * o->dilation;
+            if (iy < 0 || iy >= o->height || ix < 0 || ix >= o->width) continue;
+            float *at = into + iy * row + (long)ix * C + c;
+            store(at, load(at, lanes) + choose(tap == i, v, zero), lanes);
+          }
+        });
+    }
+  }
+  join(parts, o->batch, 2L * C, sums, threads);
+}
+
+/* ---- Training: gradients of a layer ---- */
+
+/* Gradient of the depthwise convolution that `left` describes, from the gradient `g` of its output. */
+struct depthwise_gradient {
+  const struct left *left;
+  const float *g;
+  const float *mean;  /* of the batch norm before; NULL where there is none */
+  const float *added; /* to the result, at every `added_stride`-th pixel, or NULL */
+  int added_stride;
+  float *out;   /* of in * scale + shift, zero where it does not exceed the floor, plus `added` */
+  float *parts; /* MOST * 11 * channels */
+  float *sums;  /* (11, channels): gradients of the nine taps, then as in norm_sums() */
+};
+
+inline_always void depthwise_row(const struct depthwise_gradient *d, int row, int fresh, float *part, int c, int lanes) {
+  const struct left *l = d->left;
+  int C = l->channels, W = l->width, H = l->height, y = row % H, e = l->dilation;
+  const vec zero = {0}, floor = splat(l->floor);
+  vec scale = l->scale ? load(l->scale + c, lanes) : splat(1), shift = l->scale ? load(l->shift + c, lanes) : zero;
+  vec middle = d->mean ? load(d->mean + c, lanes) : zero, sum = zero, product = zero, taps[3][3], w[3][3];
+  static const float none[WIDTH];
+  const float *from[3];
+  long step[3], line = (long)row * W * C + c;
+  for (int i = 0; i < 3; i++) {
+    int at = y - (i - 1) * e, inside = at >= 0 && at < H;
+    from[i] = inside ? d->g + line - (long)(i - 1) * e * W * C : none;
+    step[i] = inside ? C : 0;
+    for (int j = 0; j < 3; j++) taps[i][j] = zero, w[i][j] = load(l->depthwise + (3 * i + j) * C + c, lanes);
+  }
+  const float *in = l->in + line, *added = d->added;
+  float *out = d->out + line;
+  int s = d->added_stride;
+  if (added && y % s == 0)
+    added += ((long)(row / H * over(H, s) + y / s) * over(W, s)) * C + c;
+  else
+    added = NULL;
+#define PIXEL(x, inside)                                                                           \
+  do {                                                                                             \
+    vec u = load(in + (long)(x) * C, lanes), v = u * scale + shift, a = at_least(floor, v), r = zero; \
+    for (int j = 0; j < 3; j++) {                                                                  \
+      int ix = (x) - (j - 1) * e;                                                                  \
+      if (!(inside) && (ix < 0 || ix >= W)) continue;                                              \
+      for (int i = 0; i < 3; i++) {                                                                \
+        vec g = load(from[i] + ix * step[i], lanes);                                               \
+        r += w[i][j] * g;                                                                          \
+        taps[i][j] += a * g;                                                                       \
+      }                                                                                            \
+    }                                                                                              \
+    r = choose(v > floor, r, zero);                                                                \
+    sum += r;                                                                                      \
+    product += r * (u - middle);                                                                   \
+    if (added && (x) % s == 0) r += load(added + (long)((x) / s) * C, lanes);                      \
+    store(out + (long)(x) * C, r, lanes);                                                          \
+  } while (0)
+  int x = 0;
+  for (; x < smaller(e, W); x++) PIXEL(x, 0);
+  for (; x < W - e; x++) PIXEL(x, 1);
+  for (; x < W; x++) PIXEL(x, 0);
+#undef PIXEL
+  for (int k = 0; k < 11; k++) {
+    vec v = k < 9 ? taps[k / 3][k % 3] : k == 9 ? sum : product;
+    store(part + k * C + c, fresh ? v : load(part + k * C + c, lanes) + v, lanes);
+  }
+}
+
+void depthwise_backward(const struct depthwise_gradient *d, int threads) {
+  int C = d->left->channels, rows = d->left->batch * d->left->height, share = over(rows, MOST), tasks = over(rows, share);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int task = 0; task < tasks; task++)
+    for (int row = task * share; row < smaller(rows, (task + 1) * share); row++)
+      EACH_VECTOR(0, C, { depthwise_row(d, row, row == task * share, d->parts + task * 11L * C, c, lanes); });
+  join(d->parts, tasks, 11L * C, d->sums, threads);
+}
+
+/* How the gradient of a product's right-hand side is cut: `rows` (a GRADIENT's channels) by `columns` (the left-hand
+ * side's) in blocks, over segments of the pixels where blocks alone would be few. */
+struct cut {
+  int block_rows, block_columns, tall, wide, segments, chunks; /* chunks of CHUNK pixels a segment */
+  long floats;                                                 /* of the partial sums */
+};
+enum { CHUNK = 96, BLOCK = 384 };
+
+static struct cut cut(int rows, int columns, int count) {
+  struct cut k;
+  k.block_rows = over(over(rows, over(rows, BLOCK)), ROWS) * ROWS;
+  k.block_columns = over(over(columns, over(columns, BLOCK)), PANEL) * PANEL;
+  k.tall = over(rows, k.block_rows), k.wide = over(columns, k.block_columns);
+  int all = over(count, CHUNK);
+  k.segments = larger(1, smaller(over(32, k.tall * k.wide), all / 8));
+  k.chunks = over(all, k.segments);
+  k.segments = over(all, k.chunks);
+  k.floats = (long)k.segments * k.tall * k.block_rows * k.wide * k.block_columns;
+  return k;
+}
+long weight_gradient_floats(int rows, int columns, int count) { return cut(rows, columns, count).floats; }
+
+/* out (rows, columns) = the transpose of the map that `gradient` gives, times `left`. `parts`: weight_gradient_floats.
+ * Returns 0, or 1 when memory is short. */
+int weight_gradient(const struct left *left, const struct left *gradient, float *parts, float *out, int threads) {
+  int rows = gradient->channels, columns = depth(left), count = pixels(left), failed = 0;
+  struct cut k = cut(rows, columns, count);
+  long step = k.block_rows + WIDTH, whole = (long)k.wide * k.block_columns, plane = whole * k.tall * k.block_rows;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    size_t a_floats = (size_t)CHUNK * step, b_floats = (size_t)CHUNK * k.block_columns;
+    float *a = room(a_floats), *b = room(b_floats);
+    failed = !a || !b;
+    if (!failed) memset(a, 0, sizeof(float) * a_floats), memset(b, 0, sizeof(float) * b_floats);
+#pragma omp for schedule(dynamic)
+    for (int task = 0; task < k.segments * k.tall * k.wide; task++) {
+      if (failed) continue;
+      int segment = task / (k.tall * k.wide), block = task % (k.tall * k.wide);
+      int row = block / k.wide * k.block_rows, column = block % k.wide * k.block_columns;
+      int tall = smaller(k.block_rows, rows - row), wide = smaller(k.block_columns, columns - column);
+      float *part = parts + segment * plane + row * whole + column;
+      struct tile ta = {a, step, 0, row}, tb = {b, PANEL, CHUNK * PANEL, column};
+      for (int chunk = segment * k.chunks; chunk < (segment + 1) * k.chunks; chunk++) {
+        int first = chunk * CHUNK, here = smaller(CHUNK, count - first);
+        if (here <= 0) break;
+        fill(gradient, first, here, &ta, row, row + tall);
+        fill(left, first, here, &tb, column, column + wide);
+        for (int n = 0; n < wide; n += PANEL)
+          for (int m = 0; m < tall; m += ROWS)
+            multiply_columns(here, a + m, step, b + n * CHUNK, part + m * whole + n, whole, chunk > segment * k.chunks);
+      }
+    }
+    free(a);
+    free(b);
+  }
+  if (failed) return 1;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int row = 0; row < rows; row++)
+    EACH_VECTOR(0, columns, {
+      vec sum = {0};
+      for (int segment = 0; segment < k.segments; segment++)
+        sum += load(parts + segment * plane + row * whole + c, lanes);
+      store(out + (long)row * columns + c, sum, lanes);
+    });
+  return 0;
 }

@@ -45,6 +45,16 @@ class Right(ctypes.Structure):
     ]
 
 
+class DepthwiseGradient(ctypes.Structure):
+    """`struct depthwise_gradient` of cpu.c."""
+
+    _fields_ = [
+        *_fields(ctypes.c_void_p, "left g mean added"),
+        *_fields(ctypes.c_int, "added_stride"),
+        *_fields(ctypes.c_void_p, "out parts sums"),
+    ]
+
+
 class Pool(ctypes.Structure):
     """`struct pool` of cpu.c."""
 
@@ -73,6 +83,12 @@ def unfit(network: nn.Module) -> str | None:
         return f"the kernels are for float32 on the processor, not {str(weight.dtype)[6:]} on {weight.device.type}"
     native, reason = library()
     return reason if native is None else None
+
+
+def measured() -> bool:
+    """Whether the kernels run here as where their speed was measured: with AVX2."""
+    native, _ = library()
+    return native is not None and bool(native.vectors() == 8)
 
 
 def knows(block: Block) -> bool:
@@ -128,14 +144,14 @@ def empty_map(batch: int, channels: int, height: int, width: int) -> Tensor:
 # Weights
 
 
-def taps(depthwise: nn.Conv2d) -> Tensor:
+def taps(weight: Tensor) -> Tensor:
     """A depthwise convolution's weights (C, 1, 3, 3) as (9, C)."""
-    return depthwise.weight.detach().flatten(1).t().contiguous()
+    return weight.detach().flatten(1).t().contiguous()
 
 
-def matrix(conv: nn.Conv2d) -> Tensor:
+def matrix(weight: Tensor) -> Tensor:
     """A convolution's weights (N, C, k, k) as (N, k · k · C), in the order in which a patch lies in memory."""
-    return conv.weight.detach().permute(0, 2, 3, 1).reshape(conv.out_channels, -1).contiguous()
+    return weight.detach().permute(0, 2, 3, 1).reshape(len(weight), -1)
 
 
 @dataclass
@@ -185,11 +201,34 @@ def depthwise(x: Tensor, taps: Tensor, affine: Affine = NOTHING, dilation: int =
     return left
 
 
+def gradient(g: Tensor, normed: Tensor, behind: "Behind") -> Left:
+    """The gradient of a batch norm's input, `normed`, from `g`, that of its output."""
+    left = _left(GRADIENT, g, Affine(behind.scale, behind.shift))
+    left.normed, left.mean, left.slope = address(normed), address(behind.mean), address(behind.slope)
+    left.kept += (normed, behind)
+    return left
+
+
+# Products
+
+
 def product(left: Left, right: Packed, affine: Affine = NOTHING, added: Tensor | None = None) -> Tensor:
     """``max(left @ right * scale + shift + added, floor)`` as a map (B, columns, H, W)."""
     out = empty_map(left.batch, right.columns, left.out_height, left.out_width)
     _product(left, right, out, affine, added, None)
     return out
+
+
+def product_and_moments(left: Left, right: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    """``left @ right`` as a map (B, columns, H, W), and the mean and the biased variance of each column."""
+    out = empty_map(left.batch, right.columns, left.out_height, left.out_width)
+    count, depth = out.numel() // right.columns, left.channels * (9 if left.kind == PATCHES else 1)
+    rows = call("tile_pixels", count, depth)
+    moments = torch.empty(-(-count // rows), 2, right.columns)
+    _product(left, right, out, NOTHING, None, moments)
+    mean, variance = torch.empty(2, right.columns)
+    call("join_moments", moments, count, rows, right.columns, mean, variance, torch.get_num_threads())
+    return out, mean, variance
 
 
 def _product(
@@ -199,6 +238,35 @@ def _product(
     after.added, after.floor, after.moments = address(added), affine.floor, address(moments)
     if call("product", ctypes.byref(left), ctypes.byref(after), torch.get_num_threads()):
         raise MemoryError("cpu.c found no memory for a tile")
+
+
+def weight_gradient(left: Left, behind: Left) -> Tensor:
+    """Gradient (N, depth) of a product's right-hand side, transposed; `behind` is the :func:`gradient` of its result."""
+    depth, count = left.channels * (9 if left.kind == PATCHES else 1), left.batch * left.out_height * left.out_width
+    floats = call("weight_gradient_floats", behind.channels, depth, count)
+    out, threads = torch.empty(behind.channels, depth), torch.get_num_threads()
+    if call("weight_gradient", ctypes.byref(left), ctypes.byref(behind), torch.empty(floats), out, threads):
+        raise MemoryError("cpu.c found no memory for a tile")
+    return out
+
+
+# Other functions of maps
+
+
+def affine_map(x: Tensor, affine: Affine, added: Tensor | None = None) -> Tensor:
+    """``max(x * scale + shift + added, floor)``."""
+    out, channels = torch.empty_like(x), x.shape[1]
+    floor = ctypes.c_float(affine.floor)
+    arguments = (x, x.numel() // channels, channels, affine.scale, affine.shift, address(added), floor, out)
+    call("affine", *arguments, torch.get_num_threads())
+    return out
+
+
+def gradient_map(left: Left) -> Tensor:
+    """What :func:`gradient` describes, in memory."""
+    out = empty_map(left.batch, left.channels, left.height, left.width)
+    call("gradient_map", ctypes.byref(left), out, torch.get_num_threads())
+    return out
 
 
 def pool(
@@ -212,9 +280,75 @@ def pool(
     """`same_max_pool` of the affine map of `x`, plus the affine map of `added`; floors do not count."""
     batch, channels, height, width = x.shape
     out = empty_map(batch, channels, -(-height // stride), -(-width // stride))
-    top, left = (dilation * (-(-size // dilation) % 2) for size in (height, width))
-    how = Pool(batch, height, width, channels, *out.shape[2:], stride, top, left, dilation, x.data_ptr())
-    how.scale, how.shift, how.added = address(affine.scale), address(affine.shift), address(added)
+    how = _pool(x, stride, dilation, affine, out.shape)
+    how.added = address(added)
     how.added_scale, how.added_shift = address(added_affine.scale), address(added_affine.shift)
     call("pool", ctypes.byref(how), out, torch.get_num_threads())
     return out
+
+
+def _pool(x: Tensor, stride: int, dilation: int, affine: Affine, shape: torch.Size) -> Pool:
+    batch, channels, height, width = x.shape
+    top, left = (dilation * (-(-size // dilation) % 2) for size in (height, width))
+    how = Pool(batch, height, width, channels, *shape[2:], stride, top, left, dilation, x.data_ptr())
+    how.scale, how.shift = address(affine.scale), address(affine.shift)
+    return how
+
+
+# Gradients
+
+
+@dataclass
+class Behind:
+    """The gradient of a batch norm's input u from that of its output g: ``g * scale + (u - mean) * slope + shift``."""
+
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    slope: Tensor
+
+
+MOST = 64
+"""Tasks of a sum over pixels in cpu.c."""
+
+
+def norm_sums(g: Tensor, x: Tensor, mean: Tensor, mask: Affine | None = None) -> tuple[Tensor, Tensor]:
+    """The sums (2, C) of `g` and of ``g * (x - mean)``; with `mask`, of `g` where the affine map of `x` is positive.
+
+    Returns:
+        The gradient, masked or as it is, and the sums.
+    """
+    channels = x.shape[1]
+    sums, parts = torch.empty(2, channels), torch.empty(MOST, 2, channels)
+    masked = None if mask is None else torch.empty_like(x)
+    scale, shift = (None, None) if mask is None else (mask.scale, mask.shift)
+    arguments = (g, x, x.numel() // channels, channels, mean, address(scale), address(shift), address(masked))
+    call("norm_sums", *arguments, parts, sums, torch.get_num_threads())
+    return g if masked is None else masked, sums
+
+
+def pool_backward(
+    g: Tensor, x: Tensor, stride: int, dilation: int, affine: Affine, mean: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient of :func:`pool` for the affine map of `x`, and its sums as those of :func:`norm_sums`."""
+    how = _pool(x, stride, dilation, affine, g.shape)
+    out, parts, sums = torch.empty_like(x), torch.empty(len(x), 2, x.shape[1]), torch.empty(2, x.shape[1])
+    call("pool_backward", ctypes.byref(how), g, mean, out, parts, sums, torch.get_num_threads())
+    return out, sums
+
+
+def depthwise_backward(
+    left: Left, g: Tensor, mean: Tensor | None, added: Tensor | None = None, added_stride: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a :func:`depthwise` from `g`, that of its result.
+
+    Returns:
+        The gradient of the affine map that it reads, zero where that does not exceed its floor, plus `added` at every
+        `added_stride`-th pixel; the gradient (9, C) of the taps; the sums of :func:`norm_sums`.
+    """
+    out = empty_map(left.batch, left.channels, left.height, left.width)
+    parts, sums = torch.empty(MOST, 11, left.channels), torch.empty(11, left.channels)
+    how = DepthwiseGradient(ctypes.addressof(left), address(g), address(mean), address(added), added_stride)
+    how.out, how.parts, how.sums = address(out), address(parts), address(sums)
+    call("depthwise_backward", ctypes.byref(how), torch.get_num_threads())
+    return out, sums[:9], sums[9:]

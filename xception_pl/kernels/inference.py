@@ -66,7 +66,7 @@ def _step(block: Stem | Block) -> Step:
 
 
 def _stem(stem: Stem) -> Step:
-    weights = [layers.packed(layers.matrix(conv).t()) for conv in (stem.conv1, stem.conv2)]
+    weights = [layers.packed(layers.matrix(conv.weight).t()) for conv in (stem.conv1, stem.conv2)]
     norms = [layers.folded(norm, floor=0.0) for norm in (stem.bn1, stem.bn2)]
 
     def run(x: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ def _block(block: Block) -> Step:
     taps, weights = [], []
     for separable in separables:
         assert isinstance(separable, SeparableConv2d)
-        taps.append(layers.taps(separable.depthwise))
-        weights.append(layers.packed(layers.matrix(separable.pointwise).t()))
+        taps.append(layers.taps(separable.depthwise.weight))
+        weights.append(layers.packed(layers.matrix(separable.pointwise.weight).t()))
     # The ReLU before the next layer is done where the batch norm is; the last layer's belongs to the next block.
     norms = [
         layers.folded(block.get_submodule(f"bn{i}"), layers.NO_FLOOR if i == block.depth else 0.0)
@@ -92,7 +92,7 @@ def _block(block: Block) -> Step:
     shortcut = None
     if block.shortcut is not None:
         assert isinstance(block.shortcut, nn.Conv2d)
-        shortcut = layers.packed(layers.matrix(block.shortcut).t()), layers.folded(block.shortcut_bn)
+        shortcut = layers.packed(layers.matrix(block.shortcut.weight).t()), layers.folded(block.shortcut_bn)
 
     def run(inputs: Tensor) -> Tensor:
         x = inputs
