@@ -45,7 +45,13 @@ inline_always void store(float *to, vec v, int lanes) {
     for (int i = 0; i < lanes; i++) to[i] = v[i];
 }
 inline_always vec splat(float x) { return x - (vec){0}; } /* one instruction; x + 0 would be two, because of -0 */
-inline_always vec choose(mask which, vec yes, vec no) { return (vec)((which & (mask)yes) | (~which & (mask)no)); }
+inline_always vec choose(mask which, vec yes, vec no) {
+#if WIDTH == 8 && defined(__AVX__)
+  return (vec)_mm256_blendv_ps((__m256)no, (__m256)yes, (__m256)which);
+#else
+  return (vec)((which & (mask)yes) | (~which & (mask)no));
+#endif
+}
 /* The larger; `v` where it is not a number, as in torch. */
 inline_always vec at_least(vec floor, vec v) {
 #if WIDTH == 8 && defined(__AVX__)
@@ -62,11 +68,10 @@ inline_always int over(int a, int b) { return (a + b - 1) / b; } /* a / b, round
 
 /* Run the last argument for each vector of channels in [from, to) with `c` and `lanes`; whole vectors get a constant. */
 #define EACH_VECTOR(from, to, ...)                                      \
-  do {                                                                  \
-    int c = (from);                                                     \
+  for (int c = (from), once = 1; once; once = 0) {                      \
     for (; c + WIDTH <= (to); c += WIDTH) { enum { lanes = WIDTH }; __VA_ARGS__ } \
     if (c < (to)) { int lanes = (to) - c; __VA_ARGS__ }                 \
-  } while (0)
+  }
 
 enum kind { POINTS, DEPTHWISE, PATCHES, GRADIENT };
 
@@ -125,48 +130,65 @@ inline_always float *place(const struct tile *t, int column) {
   return t->panel ? t->at + column / PANEL * t->panel + column % PANEL : t->at + column;
 }
 
-/* Pixels [x0, x1) of row y of a depthwise 3 x 3 convolution; every column of the input is read once for each row of the
- * kernel, and takes part in the three sums that it belongs to. */
-inline_always void depthwise_vector(const struct left *l, const float *image, int y, int x0, int x1, float *out,
-                                    long step, int c, int lanes) {
+/* Pixels [x0, x1) of row y of a depthwise 3 x 3 convolution, for `group` vectors of channels: a line of the cache at a
+ * time. Every column of the input is read once for each row of the kernel, and takes part in the three sums that it
+ * belongs to. */
+inline_always void depthwise_group(const struct left *l, const float *image, int y, int x0, int x1, float *out,
+                                   long step, int c, int lanes, int group) {
   int C = l->channels, W = l->width, d = l->dilation;
   const vec zero = {0}, floor = splat(l->floor);
-  vec scale = l->scale ? load(l->scale + c, lanes) : splat(1), shift = l->scale ? load(l->shift + c, lanes) : zero;
+  vec scale[2], shift[2], w[3][3][2], now[2], next[2];
   const float *row[3];
-  vec w[3][3];
   for (int i = 0; i < 3; i++) {
     int at = y + (i - 1) * d, inside = at >= 0 && at < l->height;
     row[i] = image + (long)(inside ? at : y) * W * C + c; /* a row outside counts nothing: its weights are zero */
-    for (int j = 0; j < 3; j++) w[i][j] = inside ? load(l->depthwise + (3 * i + j) * C + c, lanes) : zero;
+    for (int j = 0; j < 3; j++)
+      for (int n = 0; n < group; n++)
+        w[i][j][n] = inside ? load(l->depthwise + (3 * i + j) * C + c + n * WIDTH, lanes) : zero;
   }
-#define COLUMN(x)                                                                       \
-  for (int i = 0; i < 3; i++) v[i] = at_least(floor, load(row[i] + (long)(x) * C, lanes) * scale + shift);
+  for (int n = 0; n < group; n++) {
+    scale[n] = l->scale ? load(l->scale + c + n * WIDTH, lanes) : splat(1);
+    shift[n] = l->scale ? load(l->shift + c + n * WIDTH, lanes) : zero;
+  }
+#define COLUMN(x) \
+  for (int i = 0; i < 3; i++) v[i] = at_least(floor, load(row[i] + (long)(x) * C + n * WIDTH, lanes) * scale[n] + shift[n]);
+#define SUM(j) (v[0] * w[0][j][n] + v[1] * w[1][j][n] + v[2] * w[2][j][n])
   for (int start = x0; start < smaller(x0 + d, x1); start++) {
-    vec v[3], now = zero, next = zero; /* the sums of pixels x and x + d */
-    if (start - d >= 0) {
-      COLUMN(start - d)
-      now = v[0] * w[0][0] + v[1] * w[1][0] + v[2] * w[2][0];
+    vec v[3]; /* `now` and `next` are the sums of pixels x and x + d */
+    for (int n = 0; n < group; n++) {
+      now[n] = zero;
+      if (start - d >= 0) {
+        COLUMN(start - d)
+        now[n] = SUM(0);
+      }
+      COLUMN(start)
+      now[n] += SUM(1);
+      next[n] = SUM(0);
     }
-    COLUMN(start)
-    now += v[0] * w[0][1] + v[1] * w[1][1] + v[2] * w[2][1];
-    next = v[0] * w[0][0] + v[1] * w[1][0] + v[2] * w[2][0];
     int x = start;
-    for (; x < x1 && x + d < W; x += d) {
-      COLUMN(x + d)
-      vec done = now + (v[0] * w[0][2] + v[1] * w[1][2] + v[2] * w[2][2]);
-      now = next + (v[0] * w[0][1] + v[1] * w[1][1] + v[2] * w[2][1]);
-      next = v[0] * w[0][0] + v[1] * w[1][0] + v[2] * w[2][0];
-      store(out + (x - x0) * step, done, lanes);
-    }
-    if (x < x1) store(out + (x - x0) * step, now, lanes);
+    for (; x < x1 && x + d < W; x += d)
+#pragma GCC unroll 2
+      for (int n = 0; n < group; n++) {
+        COLUMN(x + d)
+        store(out + (x - x0) * step + n * WIDTH, now[n] + SUM(2), lanes);
+        now[n] = next[n] + SUM(1);
+        next[n] = SUM(0);
+      }
+    if (x < x1)
+      for (int n = 0; n < group; n++) store(out + (x - x0) * step + n * WIDTH, now[n], lanes);
   }
 #undef COLUMN
+#undef SUM
 }
 
 static void depthwise(const struct left *l, const float *image, int y, int x0, int x1, const struct tile *t, int pixel,
                       int from, int to) {
-  EACH_VECTOR(from, to,
-              { depthwise_vector(l, image, y, x0, x1, place(t, c) + pixel * t->step, t->step, c, lanes); });
+  int rest = from;
+  for (; rest + PANEL <= to; rest += PANEL)
+    depthwise_group(l, image, y, x0, x1, place(t, rest) + pixel * t->step, t->step, rest, WIDTH, 2);
+  EACH_VECTOR(rest, to, {
+    depthwise_group(l, image, y, x0, x1, place(t, c) + pixel * t->step, t->step, c, lanes, 1);
+  });
 }
 
 /* The patch that one output pixel sees, or for a 1 x 1 convolution the pixel itself. */
@@ -206,16 +228,13 @@ static void patch(const struct left *l, const float *image, int y, int x, const 
 static void fill(const struct left *l, int first, int count, const struct tile *t, int from, int to) {
   if (l->kind == GRADIENT) {
     const float *in = l->in + (long)first * l->channels, *normed = l->normed + (long)first * l->channels;
-    EACH_VECTOR(from, to, {
-      vec scale = load(l->scale + c, lanes), shift = load(l->shift + c, lanes), mean = load(l->mean + c, lanes),
-          slope = load(l->slope + c, lanes);
-      float *out = place(t, c);
-      for (int p = 0; p < count; p++) {
+    for (int p = 0; p < count; p++) /* along the memory: a vector of every pixel first would fall into few lines */
+      EACH_VECTOR(from, to, {
         long at = (long)p * l->channels + c;
-        store(out + p * t->step, load(in + at, lanes) * scale + ((load(normed + at, lanes) - mean) * slope + shift),
-              lanes);
-      }
-    });
+        vec off = load(normed + at, lanes) - load(l->mean + c, lanes);
+        vec base = off * load(l->slope + c, lanes) + load(l->shift + c, lanes);
+        store(place(t, c) + p * t->step, load(in + at, lanes) * load(l->scale + c, lanes) + base, lanes);
+      });
     return;
   }
   long image = (long)l->height * l->width * l->channels;
@@ -234,8 +253,11 @@ static void fill(const struct left *l, int first, int count, const struct tile *
 
 /* ---- Products ---- */
 
-/* ROWS x PANEL sums over `count` steps; a step moves `a` by `forward` and its rows lie `apart`. */
-inline_always void multiply(int count, const float *a, long apart, long forward, const float *b, float *out,
+enum { CHUNK = 96 }; /* pixels over which a gradient of weights is summed at a time */
+
+/* ROWS x PANEL sums over `count` steps; a step moves `a` by `forward` and its rows lie `apart`. The panel that lies
+ * `ahead` comes next. */
+inline_always void multiply(int count, const float *a, long apart, long forward, const float *b, long ahead, float *out,
                             long out_step, int add) {
   vec sum[ROWS][2];
   for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = (vec){0};
@@ -247,6 +269,7 @@ inline_always void multiply(int count, const float *a, long apart, long forward,
       sum[i][0] += x * left;
       sum[i][1] += x * right;
     }
+    __builtin_prefetch(b + ahead, 0, 2);
     a += forward;
     b += PANEL;
   }
@@ -257,11 +280,11 @@ inline_always void multiply(int count, const float *a, long apart, long forward,
     }
 }
 static __attribute__((noinline)) void multiply_rows(int depth, const float *a, long step, const float *b, float *out) {
-  multiply(depth, a, step, 1, b, out, PANEL, 0);
+  multiply(depth, a, step, 1, b, (long)depth * PANEL, out, PANEL, 0);
 }
 static __attribute__((noinline)) void multiply_columns(int count, const float *a, long step, const float *b, float *out,
                                                        long out_step, int add) {
-  multiply(count, a, 1, step, b, out, out_step, add);
+  multiply(count, a, 1, step, b, PANEL * CHUNK, out, out_step, add);
 }
 
 /* The right-hand side of a product in panels of PANEL columns, row by row, with zeros after the last column.
@@ -280,27 +303,35 @@ void pack(const float *in, long row, long column, int depth, int columns, float 
 }
 int packed_floats(int depth, int columns) { return over(columns, PANEL) * depth * PANEL; }
 
-/* Write a panel of the product, `rows` of them from pixel `first` on, and note its moments. */
-inline_always void finish(const struct right *r, const float *sums, int first, int rows, int tile, int c, int lanes) {
-  vec one = splat(1), zero = {0}, floor = splat(r->floor);
-  vec scale = r->scale ? load(r->scale + c, lanes) : one, shift = r->scale ? load(r->shift + c, lanes) : zero;
+/* Write `group` vectors of a panel of the product, `rows` of them from pixel `first` on, and note their moments. */
+inline_always void finish(const struct right *r, const float *sums, int first, int rows, int tile, int c, int lanes,
+                          int group) {
+  const vec zero = {0}, floor = splat(r->floor);
+  vec scale[2], shift[2];
+  for (int n = 0; n < group; n++) {
+    scale[n] = r->scale ? load(r->scale + c + n * WIDTH, lanes) : splat(1);
+    shift[n] = r->scale ? load(r->shift + c + n * WIDTH, lanes) : zero;
+  }
   long at = (long)first * r->columns + c;
-  for (int p = 0; p < rows; p++, at += r->columns) {
-    vec v = load(sums + p * PANEL, WIDTH);
-    if (r->scale) v = v * scale + shift;
-    if (r->added) v += load(r->added + at, lanes);
-    store(r->out + at, at_least(floor, v), lanes);
-  }
+  for (int p = 0; p < rows; p++, at += r->columns)
+    for (int n = 0; n < group; n++) {
+      vec v = load(sums + p * PANEL + n * WIDTH, WIDTH);
+      if (r->scale) v = v * scale[n] + shift[n];
+      if (r->added) v += load(r->added + at + n * WIDTH, lanes);
+      store(r->out + at + n * WIDTH, at_least(floor, v), lanes);
+    }
   if (!r->moments) return;
-  vec mean = zero, squares = zero;
-  for (int p = 0; p < rows; p++) mean += load(sums + p * PANEL, WIDTH);
-  mean *= splat(1.0f / (float)rows);
-  for (int p = 0; p < rows; p++) {
-    vec v = load(sums + p * PANEL, WIDTH) - mean;
-    squares += v * v;
+  for (int n = 0; n < group; n++) {
+    vec mean = zero, squares = zero;
+    for (int p = 0; p < rows; p++) mean += load(sums + p * PANEL + n * WIDTH, WIDTH);
+    mean *= splat(1.0f / (float)rows);
+    for (int p = 0; p < rows; p++) {
+      vec v = load(sums + p * PANEL + n * WIDTH, WIDTH) - mean;
+      squares += v * v;
+    }
+    store(r->moments + (2L * tile) * r->columns + c + n * WIDTH, mean, lanes);
+    store(r->moments + (2L * tile + 1) * r->columns + c + n * WIDTH, squares, lanes);
   }
-  store(r->moments + (2L * tile) * r->columns + c, mean, lanes);
-  store(r->moments + (2L * tile + 1) * r->columns + c, squares, lanes);
 }
 
 static void *room(size_t floats) { return aligned_alloc(64, (sizeof(float) * floats + 63) / 64 * 64); }
@@ -326,13 +357,11 @@ int product(const struct left *l, const struct right *r, int threads) {
       for (int panel = share * panels / shares; panel < (share + 1) * panels / shares; panel++) {
         const float *b = r->packed + (long)panel * K * PANEL;
         for (int p = 0; p < here; p += ROWS) multiply_rows(K, left + p * step, step, b, sums + p * PANEL);
-        for (int j = 0; j < 2; j++) {
-          int c = panel * PANEL + j * WIDTH, lanes = r->columns - c;
-          if (lanes >= WIDTH)
-            finish(r, sums + j * WIDTH, first, here, tile, c, WIDTH);
-          else if (lanes > 0)
-            finish(r, sums + j * WIDTH, first, here, tile, c, lanes);
-        }
+        int column = panel * PANEL;
+        if (column + PANEL <= r->columns)
+          finish(r, sums, first, here, tile, column, WIDTH, 2);
+        else
+          EACH_VECTOR(column, r->columns, { finish(r, sums + c % PANEL, first, here, tile, c, lanes, 1); });
       }
     }
     free(left);
@@ -368,26 +397,15 @@ struct pool {
   const float *added, *added_scale, *added_shift; /* of the output's shape, or NULL */
 };
 
-/* The first of the largest values of a window, as in torch, with the index of its tap and what `in` holds there. */
-inline_always vec window(const struct pool *o, const float *image, int y, int x, int c, int lanes, vec scale, vec shift,
-                         mask *tap, vec *raw) {
-  vec best = splat(-INFINITY);
-  *tap = (mask){0} - 1;
-  *raw = (vec){0};
-  for (int i = 0; i < 3; i++) {
-    int iy = y * o->stride - o->top + i * o->dilation;
-    if (iy < 0 || iy >= o->height) continue;
-    for (int j = 0; j < 3; j++) {
-      int ix = x * o->stride - o->left + j * o->dilation;
-      if (ix < 0 || ix >= o->width) continue;
-      vec in = load(image + ((long)iy * o->width + ix) * o->channels + c, lanes), v = in * scale + shift;
-      mask wins = (v > best) | (v != v) | (*tap < 0);
-      best = choose(wins, v, best);
-      *raw = choose(wins, in, *raw);
-      *tap = (wins & (3 * i + j)) | (~wins & *tap);
-    }
+/* The taps of a window that lie on the map: their places in it, in order. Returns how many. */
+static int window(const struct pool *o, int y, int x, long *places) {
+  int found = 0;
+  for (int tap = 0; tap < 9; tap++) {
+    int iy = y * o->stride - o->top + tap / 3 * o->dilation, ix = x * o->stride - o->left + tap % 3 * o->dilation;
+    if (iy >= 0 && iy < o->height && ix >= 0 && ix < o->width)
+      places[found++] = ((long)iy * o->width + ix) * o->channels;
   }
-  return best;
+  return found;
 }
 
 void pool(const struct pool *o, float *out, int threads) {
@@ -396,18 +414,24 @@ void pool(const struct pool *o, float *out, int threads) {
   for (int row = 0; row < o->batch * o->out_height; row++) {
     const float *image = o->in + row / o->out_height * ((long)o->height * o->width * C);
     for (int x = 0; x < o->out_width; x++) {
-      long at = ((long)row * o->out_width + x) * C;
+      long place = ((long)row * o->out_width + x) * C, places[9];
+      int taps = window(o, row % o->out_height, x, places);
       EACH_VECTOR(0, C, {
-        mask tap;
-        vec raw, scale = o->scale ? load(o->scale + c, lanes) : splat(1);
+        vec scale = o->scale ? load(o->scale + c, lanes) : splat(1), best = splat(-INFINITY);
         vec shift = o->scale ? load(o->shift + c, lanes) : splat(0);
-        vec v = window(o, image, row % o->out_height, x, c, lanes, scale, shift, &tap, &raw);
-        if (o->added) {
-          vec added = load(o->added + at + c, lanes);
-          if (o->added_scale) added = added * load(o->added_scale + c, lanes) + load(o->added_shift + c, lanes);
-          v += added;
+        mask none = {0}; /* a number in the window */
+        for (int tap = 0; tap < taps; tap++) {
+          vec v = load(image + places[tap] + c, lanes) * scale + shift;
+          none |= v != v;
+          best = at_least(best, v);
         }
-        store(out + at + c, v, lanes);
+        best = choose(none, splat(NAN), best);
+        if (o->added) {
+          vec added = load(o->added + place + c, lanes);
+          if (o->added_scale) added = added * load(o->added_scale + c, lanes) + load(o->added_shift + c, lanes);
+          best += added;
+        }
+        store(out + place + c, best, lanes);
       });
     }
   }
@@ -449,7 +473,7 @@ static void join(const float *parts, int tasks, long floats, float *out, int thr
   }
 }
 
-enum { MOST = 64 }; /* tasks of a sum over pixels */
+enum { MOST = 128 }; /* tasks of a sum over pixels */
 
 /* Behind a batch norm: the sums (2, channels) of the gradient g, and of g * (in - mean), over all pixels. With `masked`
  * g is first made zero where in * scale + shift is not above zero, and kept there. `parts`: MOST * 2 * channels. */
@@ -457,66 +481,73 @@ void norm_sums(const float *g, const float *in, int count, int channels, const f
                const float *shift, float *masked, float *parts, float *sums, int threads) {
   int share = over(count, MOST), tasks = over(count, share);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int task = 0; task < tasks; task++)
-    for (int first = task * share, end = smaller(count, first + share), block = first; block < end; block += 32)
+  for (int task = 0; task < tasks; task++) {
+    float *part = parts + (long)task * 2 * channels;
+    memset(part, 0, sizeof(float) * 2 * (size_t)channels);
+    for (int p = task * share; p < smaller(count, (task + 1) * share); p++)
       EACH_VECTOR(0, channels, {
-        float *to = parts + (long)task * 2 * channels + c;
-        vec sum = {0}, product = {0}, middle = load(mean + c, lanes), zero = {0}, a = zero, b = zero;
-        if (masked) a = load(scale + c, lanes), b = load(shift + c, lanes);
-        if (block > first) sum = load(to, lanes), product = load(to + channels, lanes);
-        for (int p = block; p < smaller(end, block + 32); p++) {
-          long at = (long)p * channels + c;
-          vec v = load(g + at, lanes), u = load(in + at, lanes);
-          if (masked) {
-            v = choose(u * a + b > zero, v, zero);
-            store(masked + at, v, lanes);
-          }
-          sum += v;
-          product += v * (u - middle);
+        long at = (long)p * channels + c;
+        vec v = load(g + at, lanes), u = load(in + at, lanes), zero = {0};
+        if (masked) {
+          v = choose(u * load(scale + c, lanes) + load(shift + c, lanes) > zero, v, zero);
+          store(masked + at, v, lanes);
         }
-        store(to, sum, lanes);
-        store(to + channels, product, lanes);
+        vec product = v * (u - load(mean + c, lanes));
+        store(part + c, load(part + c, lanes) + v, lanes);
+        store(part + channels + c, load(part + channels + c, lanes) + product, lanes);
       });
+  }
   join(parts, tasks, 2L * channels, sums, threads);
 }
 
 /* The gradient of pool() for `in * scale + shift`, every window's to the first of its largest values, and as in
- * norm_sums() the sums of it. `parts`: batch * 2 * channels. */
+ * norm_sums() the sums of it. A task has a band of rows of windows, and of the map the rows from its first window's on to
+ * the next band's; windows before the band that reach into it are found a second time.
+ * `parts`: pool_bands * 2 * channels. */
+enum { BAND = 8 };
+int pool_bands(const struct pool *o) { return o->batch * over(o->out_height, BAND); }
+
 void pool_backward(const struct pool *o, const float *g, const float *mean, float *out, float *parts, float *sums,
                    int threads) {
-  int C = o->channels, wide = 4 * WIDTH, blocks = over(C, wide);
-  long row = (long)o->width * C;
+  int C = o->channels, bands = over(o->out_height, BAND), reach = over(2 * o->dilation, o->stride);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int task = 0; task < o->batch * blocks; task++) {
-    int b = task / blocks, from = task % blocks * wide, to = smaller(C, from + wide), zeroed = 0;
-    const float *image = o->in + b * o->height * row;
-    float *into = out + b * o->height * row, *part = parts + (long)b * 2 * C;
-    memset(part + from, 0, sizeof(float) * (size_t)(to - from));
-    memset(part + C + from, 0, sizeof(float) * (size_t)(to - from));
-    for (int y = 0; y <= o->out_height; y++) {
-      int reach = y < o->out_height ? y * o->stride - o->top + 2 * o->dilation + 1 : o->height;
-      for (; zeroed < smaller(o->height, reach); zeroed++)
-        for (int x = 0; x < o->width; x++)
-          memset(into + zeroed * row + (long)x * C + from, 0, sizeof(float) * (size_t)(to - from));
-      if (y == o->out_height) break;
-      for (int x = 0; x < o->out_width; x++)
-        EACH_VECTOR(from, to, {
-          mask tap;
-          vec raw, scale = load(o->scale + c, lanes), shift = load(o->shift + c, lanes);
-          window(o, image, y, x, c, lanes, scale, shift, &tap, &raw);
-          vec v = load(g + (((long)b * o->out_height + y) * o->out_width + x) * C + c, lanes), zero = {0};
-          store(part + c, load(part + c, lanes) + v, lanes);
-          store(part + C + c, load(part + C + c, lanes) + v * (raw - load(mean + c, lanes)), lanes);
-          for (int i = 0; i < 9; i++) {
-            int iy = y * o->stride - o->top + i / 3 * o->dilation, ix = x * o->stride - o->left + i % 3 * o->dilation;
-            if (iy < 0 || iy >= o->height || ix < 0 || ix >= o->width) continue;
-            float *at = into + iy * row + (long)ix * C + c;
-            store(at, load(at, lanes) + choose(tap == i, v, zero), lanes);
+  for (int task = 0; task < o->batch * bands; task++) {
+    int b = task / bands, y0 = task % bands * BAND, y1 = smaller(o->out_height, y0 + BAND);
+    int from = y0 ? larger(0, y0 * o->stride - o->top) : 0;
+    int to = y1 < o->out_height ? smaller(o->height, y1 * o->stride - o->top) : o->height;
+    const float *image = o->in + (long)b * o->height * o->width * C;
+    float *into = out + (long)b * o->height * o->width * C, *part = parts + (long)task * 2 * C;
+    long low = (long)from * o->width * C, high = (long)to * o->width * C;
+    if (low < high) memset(into + low, 0, sizeof(float) * (size_t)(high - low));
+    memset(part, 0, sizeof(float) * 2 * (size_t)C);
+    for (int y = larger(0, y0 - reach); y < y1; y++)
+      for (int x = 0; x < o->out_width; x++) {
+        long places[9], place = (((long)b * o->out_height + y) * o->out_width + x) * C;
+        int taps = window(o, y, x, places);
+        EACH_VECTOR(0, C, {
+          vec scale = load(o->scale + c, lanes), shift = load(o->shift + c, lanes), v = load(g + place + c, lanes);
+          vec raw = load(image + places[0] + c, lanes), best = raw * scale + shift, zero = {0};
+          mask winner = {0};
+          for (int tap = 1; tap < taps; tap++) {
+            vec in = load(image + places[tap] + c, lanes), value = in * scale + shift;
+            mask wins = value > best;
+            best = choose(wins, value, best);
+            raw = choose(wins, in, raw);
+            winner = (mask)choose(wins, (vec)((mask){0} + tap), (vec)winner);
+          }
+          for (int tap = 0; tap < taps; tap++) {
+            float *at = into + places[tap] + c;
+            if (places[tap] >= low && places[tap] < high)
+              store(at, load(at, lanes) + choose(winner == tap, v, zero), lanes);
+          }
+          if (y >= y0) {
+            store(part + c, load(part + c, lanes) + v, lanes);
+            store(part + C + c, load(part + C + c, lanes) + v * (raw - load(mean + c, lanes)), lanes);
           }
         });
-    }
+      }
   }
-  join(parts, o->batch, 2L * C, sums, threads);
+  join(parts, o->batch * bands, 2L * C, sums, threads);
 }
 
 /* ---- Training: gradients of a layer ---- */
@@ -533,7 +564,10 @@ struct depthwise_gradient {
   float *sums;  /* (11, channels): gradients of the nine taps, then as in norm_sums() */
 };
 
-inline_always void depthwise_row(const struct depthwise_gradient *d, int row, int fresh, float *part, int c, int lanes) {
+enum { SPAN = 8 }; /* pixels of a row at a time: their cache lines must not evict each other */
+
+inline_always void depthwise_span(const struct depthwise_gradient *d, int row, int x0, int fresh, float *part, int c,
+                                  int lanes) {
   const struct left *l = d->left;
   int C = l->channels, W = l->width, H = l->height, y = row % H, e = l->dilation;
   const vec zero = {0}, floor = splat(l->floor);
@@ -555,29 +589,38 @@ inline_always void depthwise_row(const struct depthwise_gradient *d, int row, in
     added += ((long)(row / H * over(H, s) + y / s) * over(W, s)) * C + c;
   else
     added = NULL;
-#define PIXEL(x, inside)                                                                           \
-  do {                                                                                             \
-    vec u = load(in + (long)(x) * C, lanes), v = u * scale + shift, a = at_least(floor, v), r = zero; \
-    for (int j = 0; j < 3; j++) {                                                                  \
-      int ix = (x) - (j - 1) * e;                                                                  \
-      if (!(inside) && (ix < 0 || ix >= W)) continue;                                              \
-      for (int i = 0; i < 3; i++) {                                                                \
-        vec g = load(from[i] + ix * step[i], lanes);                                               \
-        r += w[i][j] * g;                                                                          \
-        taps[i][j] += a * g;                                                                       \
-      }                                                                                            \
-    }                                                                                              \
-    r = choose(v > floor, r, zero);                                                                \
-    sum += r;                                                                                      \
-    product += r * (u - middle);                                                                   \
-    if (added && (x) % s == 0) r += load(added + (long)((x) / s) * C, lanes);                      \
-    store(out + (long)(x) * C, r, lanes);                                                          \
-  } while (0)
-  int x = 0;
-  for (; x < smaller(e, W); x++) PIXEL(x, 0);
-  for (; x < W - e; x++) PIXEL(x, 1);
-  for (; x < W; x++) PIXEL(x, 0);
-#undef PIXEL
+  /* Twice over the span, so that the taps' weights and then their nine sums stay in registers. */
+#define EACH_NEIGHBOUR(inside, ...)                          \
+  for (int j = 0; j < 3; j++) {                              \
+    int ix = x - (j - 1) * e;                                \
+    if (!(inside) && (ix < 0 || ix >= W)) continue;          \
+    for (int i = 0; i < 3; i++) {                            \
+      vec g = load(from[i] + ix * step[i], lanes);           \
+      __VA_ARGS__                                            \
+    }                                                        \
+  }
+#define EACH_PIXEL(...)                                                                \
+  {                                                                                    \
+    int x = x0, end = smaller(W, x0 + SPAN);                                           \
+    for (; x < smaller(e, end); x++) { enum { inside = 0 }; __VA_ARGS__ }              \
+    for (; x < smaller(W - e, end); x++) { enum { inside = 1 }; __VA_ARGS__ }          \
+    for (; x < end; x++) { enum { inside = 0 }; __VA_ARGS__ }                          \
+  }
+  EACH_PIXEL({
+    vec u = load(in + (long)x * C, lanes), r = zero;
+    EACH_NEIGHBOUR(inside, { r += w[i][j] * g; })
+    r = choose(u * scale + shift > floor, r, zero);
+    sum += r;
+    product += r * (u - middle);
+    if (added && x % s == 0) r += load(added + (long)(x / s) * C, lanes);
+    store(out + (long)x * C, r, lanes);
+  })
+  EACH_PIXEL({
+    vec a = at_least(floor, load(in + (long)x * C, lanes) * scale + shift);
+    EACH_NEIGHBOUR(inside, { taps[i][j] += a * g; })
+  })
+#undef EACH_NEIGHBOUR
+#undef EACH_PIXEL
   for (int k = 0; k < 11; k++) {
     vec v = k < 9 ? taps[k / 3][k % 3] : k == 9 ? sum : product;
     store(part + k * C + c, fresh ? v : load(part + k * C + c, lanes) + v, lanes);
@@ -589,7 +632,10 @@ void depthwise_backward(const struct depthwise_gradient *d, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int task = 0; task < tasks; task++)
     for (int row = task * share; row < smaller(rows, (task + 1) * share); row++)
-      EACH_VECTOR(0, C, { depthwise_row(d, row, row == task * share, d->parts + task * 11L * C, c, lanes); });
+      for (int x = 0; x < d->left->width; x += SPAN)
+        EACH_VECTOR(0, C, {
+          depthwise_span(d, row, x, row == task * share && !x, d->parts + task * 11L * C, c, lanes);
+        });
   join(d->parts, tasks, 11L * C, d->sums, threads);
 }
 
@@ -599,7 +645,7 @@ struct cut {
   int block_rows, block_columns, tall, wide, segments, chunks; /* chunks of CHUNK pixels a segment */
   long floats;                                                 /* of the partial sums */
 };
-enum { CHUNK = 96, BLOCK = 384 };
+enum { BLOCK = 384 };
 
 static struct cut cut(int rows, int columns, int count) {
   struct cut k;

@@ -308,7 +308,7 @@ class Behind:
     slope: Tensor
 
 
-MOST = 64
+MOST = 128
 """Tasks of a sum over pixels in cpu.c."""
 
 
@@ -332,7 +332,8 @@ def pool_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of :func:`pool` for the affine map of `x`, and its sums as those of :func:`norm_sums`."""
     how = _pool(x, stride, dilation, affine, g.shape)
-    out, parts, sums = torch.empty_like(x), torch.empty(len(x), 2, x.shape[1]), torch.empty(2, x.shape[1])
+    out, sums = torch.empty_like(x), torch.empty(2, x.shape[1])
+    parts = torch.empty(call("pool_bands", ctypes.byref(how)), 2, x.shape[1])
     call("pool_backward", ctypes.byref(how), g, mean, out, parts, sums, torch.get_num_threads())
     return out, sums
 
