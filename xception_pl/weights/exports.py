@@ -16,8 +16,8 @@ from xception_pl.nets.fold import fold_batch_norm
 from xception_pl.nets.xception import Xception
 from xception_pl.weights.described import describe
 from xception_pl.weights.hub import write_hub_folder
-from xception_pl.weights.infer import model_of
-from xception_pl.weights.keras_model import check_layout, read_keras_model, write_keras
+from xception_pl.weights.infer import check_layout, model_of
+from xception_pl.weights.keras_model import read_keras_model, write_keras
 from xception_pl.weights.load import load_network
 from xception_pl.weights.onnx import OPSET, read_onnx, write_onnx
 from xception_pl.weights.proof import LARGEST_DIFFERENCE, Difference, difference

@@ -95,6 +95,30 @@ def model_of(network: Xception) -> ModelConfig:
     return model
 
 
+def check_layout(network: Xception, whose: str, numerics: str, instead: str) -> None:
+    """Refuses a network that another library's Xception, which has no options, could not compute.
+
+    Raises:
+        WeightsError: with what to do instead.
+    """
+    model, paper = model_of(network), ModelConfig()
+    for key in (
+        "width",
+        "middle_blocks",
+        "residual",
+        "intermediate_activation",
+        "segments",
+        "fc_units",
+        "output_stride",
+    ):
+        if getattr(model, key) != getattr(paper, key):
+            raise WeightsError(f"{whose} has no {key} {getattr(model, key)}, only {getattr(paper, key)}: {instead}.")
+    if model.numerics != numerics:
+        raise WeightsError(
+            f"{whose} computes with numerics {numerics}, these weights need {model.numerics}: {instead}."
+        )
+
+
 def _width(widths: dict[int, int]) -> tuple[float, int]:
     """`width` and `channel_multiple` that make these channel counts of Figure 5's; (1, 8) where none do.
 

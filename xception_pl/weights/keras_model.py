@@ -8,36 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xception_pl.nets.config import ModelConfig
 from xception_pl.nets.xception import Xception
-from xception_pl.weights.infer import model_of
+from xception_pl.weights.infer import check_layout
 from xception_pl.weights.keras import keras_name, name_layers, to_keras
 from xception_pl.weights.stored import WeightsError, needs
-
-
-def check_layout(network: Xception, whose: str, numerics: str, instead: str) -> ModelConfig:
-    """Refuses what another library's Xception, which has no options, could not compute.
-
-    Raises:
-        WeightsError: with what to do instead.
-    """
-    model, paper = model_of(network), ModelConfig()
-    for key in (
-        "width",
-        "middle_blocks",
-        "residual",
-        "intermediate_activation",
-        "segments",
-        "fc_units",
-        "output_stride",
-    ):
-        if getattr(model, key) != getattr(paper, key):
-            raise WeightsError(f"{whose} has no {key} {getattr(model, key)}, only {getattr(paper, key)}: {instead}.")
-    if model.numerics != numerics:
-        raise WeightsError(
-            f"{whose} computes with numerics {numerics}, these weights need {model.numerics}: {instead}."
-        )
-    return model
 
 
 def keras_model(network: Xception) -> Any:

@@ -2,19 +2,21 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from xception_pl.durable import durable_write
-from xception_pl.module import XceptionModule
 from xception_pl.weights.described import read_description
 from xception_pl.weights.stored import Stored, WeightsError
 
+if TYPE_CHECKING:
+    from xception_pl.module import XceptionModule  # it takes seconds to import, and loading needs none of it
 
-def save_weights(module: XceptionModule, path: Path) -> None:
+
+def save_weights(module: "XceptionModule", path: Path) -> None:
     """Writes the weights that are evaluated (averaged, where averaging is on) with model, classes and preprocessing."""
     hparams = module.hparams
     described = {name: hparams[name] for name in ("model", "class_names", "preprocessing")}
