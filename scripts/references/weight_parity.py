@@ -35,7 +35,7 @@ def main() -> None:
     import keras
     import timm
 
-    from tests.weights.test_keras import random_weights
+    from tests.nets.test_keras_parity import random_weights
 
     def in_keras(model: Any) -> Callable[[Tensor], Tensor]:
         @torch.no_grad()

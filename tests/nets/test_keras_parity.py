@@ -23,10 +23,8 @@ def keras() -> Any:
     return keras
 
 
-@pytest.fixture(scope="module")
-def reference(keras: Any) -> Any:
-    """Keras' network, every number of it random."""
-    model = keras.applications.Xception(weights=None, classifier_activation=None)
+def random_weights(model: Any) -> Any:
+    """Every number of a Keras model random, so that no two layers could be exchanged unseen."""
     random = np.random.default_rng(0)
     weights = []
     for variable in model.weights:
@@ -40,6 +38,12 @@ def reference(keras: Any) -> Any:
             weights.append(random.normal(0, (1 / inputs) ** 0.5, shape))
     model.set_weights(weights)
     return model
+
+
+@pytest.fixture(scope="module")
+def reference(keras: Any) -> Any:
+    """Keras' network, every number of it random."""
+    return random_weights(keras.applications.Xception(weights=None, classifier_activation=None))
 
 
 def from_keras(model: Any) -> Xception:
@@ -138,9 +142,9 @@ def test_initial_weights_have_keras_limits(keras: Any) -> None:
         assert 0.95 * limit < weight.abs().max() <= limit, name
 
 
-def smooth_images(size: int) -> Tensor:
-    """Two images in [-1, 1] with structure that survives the poolings: ``(2, 3, size, size)``."""
-    coarse = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+def smooth_images(size: int, channels: int = 3) -> Tensor:
+    """Two images in [-1, 1] with structure that survives the poolings: ``(2, channels, size, size)``."""
+    coarse = torch.randn(2, channels, 10, 10, generator=torch.Generator().manual_seed(0))
     return nn.functional.interpolate(coarse, size=size, mode="bilinear").clamp(-1, 1)
 
 

@@ -1,24 +1,18 @@
 """Networks with random weights and statistics, so that no two tensors could be exchanged unseen."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.nets.conftest import one_thread
+from tests.nets.test_keras_parity import relative_error, smooth_images
 from xception_pl.nets.xception import Xception
 
+__all__ = ["SMALL", "one_thread", "outputs", "randomise", "relative_error", "smooth_images"]
+
 SMALL: dict[str, Any] = {"width": 0.125, "middle_blocks": 1}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def randomise(network: nn.Module) -> nn.Module:
@@ -38,16 +32,6 @@ def randomise(network: nn.Module) -> nn.Module:
             if getattr(module, "bias", None) is not None:
                 module.bias.normal_(0, 0.3, generator=generator)
     return network.eval()
-
-
-def smooth_images(size: int, channels: int = 3) -> Tensor:
-    """Two images in [-1, 1] with structure that survives the poolings: ``(2, channels, size, size)``."""
-    coarse = torch.randn(2, channels, 10, 10, generator=torch.Generator().manual_seed(0))
-    return nn.functional.interpolate(coarse, size=size, mode="bilinear").clamp(-1, 1)
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 @torch.no_grad()

@@ -80,6 +80,7 @@ def test_what_is_not_there(hub: LoopbackHub, source: str, sentence: str) -> None
 
 
 def test_gated_failing_and_absent_hubs(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its tries
     hub.token = "secret"
     with pytest.raises(ValueError, match=f"{REPO} is gated: accept its terms"):
         load_network(REPO)

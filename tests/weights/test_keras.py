@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
 import pytest
 import torch
 
-from tests.nets.test_keras_parity import from_keras
+from tests.nets.test_keras_parity import from_keras, random_weights
 from tests.weights.conftest import outputs, relative_error, smooth_images
 from tests.weights.test_load import assert_same_weights
 from xception_pl import Xception, load_network
@@ -25,23 +24,6 @@ CLASSES = 1000
 def keras() -> Any:
     os.environ.setdefault("KERAS_BACKEND", "torch")
     return pytest.importorskip("keras")
-
-
-def random_weights(model: Any) -> Any:
-    """Every number of a Keras model random, so that no two layers could be exchanged unseen."""
-    random = np.random.default_rng(3)
-    weights = []
-    for variable in model.weights:
-        shape = tuple(variable.shape)
-        if variable.name in ("gamma", "moving_variance"):
-            weights.append(random.uniform(0.5, 1.5, shape))
-        elif len(shape) == 1:
-            weights.append(random.normal(0, 0.3, shape))
-        else:
-            inputs = 9 if variable.name == "depthwise_kernel" else np.prod(shape[:-1])
-            weights.append(random.normal(0, (1 / inputs) ** 0.5, shape))
-    model.set_weights(weights)
-    return model
 
 
 @pytest.fixture(scope="module")
