@@ -78,6 +78,7 @@ class LoopbackHub(loopback.LoopbackHub):
         patch.delenv("HF_TOKEN", raising=False)
         huggingface_hub.HfFileSystem.clear_instance_cache()
         fetch.faults.clear()
+        fetch._etags.clear()
 
 
 def sometimes(every: int, fault: Fault, at_most: int = 10**9) -> Fault:
@@ -124,6 +125,16 @@ def short(request: BaseHTTPRequestHandler, data: bytes) -> bool:
     request.send_header("Content-Length", str(len(data) // 2))
     request.end_headers()
     request.wfile.write(data[: len(data) // 2])
+    return True
+
+
+def changed(request: BaseHTTPRequestHandler, data: bytes) -> bool:
+    """Bytes of another file, with its ETag: the lengths are the same."""
+    request.send_response(206)
+    request.send_header("Content-Length", str(len(data)))
+    request.send_header("ETag", '"another"')
+    request.end_headers()
+    request.wfile.write(bytes(len(data)))
     return True
 
 

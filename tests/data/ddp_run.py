@@ -1,9 +1,10 @@
 """Run by test_ddp in processes of its own: trains a tracer on some ranks and writes down what each of them saw.
 
-python -m tests.data.ddp_run WORLD FOLDER [corrupt | CHECKPOINT]
+python -m tests.data.ddp_run WORLD FOLDER [corrupt | refused | CHECKPOINT]
 
 With a checkpoint, of a run with another world, it goes on from there, with and without two accumulated batches a step.
-With `corrupt`, one image of the last rank's first batch cannot be decoded and each rank writes down how its run ended.
+With `corrupt`, one image of the last rank's first batch cannot be decoded; with `refused` the hub refuses the data. Each
+rank then writes down how its run ended.
 """
 
 import json
@@ -52,7 +53,11 @@ def end_with_a_corrupt_image(world: int, folder: Path) -> None:
     # of the last rank: rank 0 holds the store through which the others learn of it
     bad = EpochPlan(np.ones(48, np.int64), seed=1, epoch=0, global_batch=24).micro_batch(0, world - 1, world)[0]
     made = made.map(lambda row, i: {"image": {"bytes": b"", "path": None}} if i == bad else row, with_indices=True)
-    data = ImageNetDataModule(config(folder, workers=0), seed=1, train=made, val=table(4))
+    end(world, folder, ImageNetDataModule(config(folder, workers=0), seed=1, train=made, val=table(4)))
+
+
+def end(world: int, folder: Path, data: ImageNetDataModule) -> None:
+    """Trains to an error, which each rank writes down."""
     try:
         fit(folder, data, world)
     except Exception as error:
@@ -67,6 +72,9 @@ def main() -> None:
     world, folder = int(sys.argv[1]), Path(sys.argv[2])
     if sys.argv[3:] == ["corrupt"]:
         end_with_a_corrupt_image(world, folder)
+        return
+    if sys.argv[3:] == ["refused"]:
+        end(world, folder, ImageNetDataModule(config(folder, workers=0), seed=1))
         return
     if sys.argv[3:]:
         for accumulate in (1, 2):

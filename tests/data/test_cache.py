@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from tests.data.test_stream import write_parquet
 from tests.data.tracing import png
+from xception_pl.data import cache as cache_module
 from xception_pl.data.ahead import FillAhead, NodeNeeds
 from xception_pl.data.cache import GroupCache
 from xception_pl.data.errors import DataError
@@ -145,14 +147,70 @@ def test_what_dead_processes_left_is_cleared_and_torn_files_are_made_again(tmp_p
 def test_a_full_disk_only_costs_another_read(
     tmp_path: Path, split: ParquetSplit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    """It is full in the middle of a file, as disks are."""
+
+    def full(table: pa.Table, file: Any) -> None:
+        write(table, file)
+        if not isinstance(file, pa.MockOutputStream):
+            file.truncate(file.tell() // 2)
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     cache = GroupCache(tmp_path / "cache", 10**9, split, read_group)
     cache.fill(0)
-    monkeypatch.setattr(pa.ipc, "new_file", full)
+    write = cache_module._write_arrow
+    monkeypatch.setattr(cache_module, "_write_arrow", full)
     all_rows(cache, split)
     assert files(tmp_path / "cache", "tmp") == []
+
+
+@pytest.mark.parametrize("torn", ["", "12a"])
+def test_a_torn_count_of_bytes_is_counted_again(tmp_path: Path, split: ParquetSplit, torn: str) -> None:
+    cache = GroupCache(tmp_path / "cache", 10**9, split, read_group)
+    for group in range(4):
+        cache.fill(group)
+    size = max(file.stat().st_size for file in files(tmp_path / "cache"))
+    (tmp_path / "cache/bytes").write_text(torn)
+    small = GroupCache(tmp_path / "cache", 4 * size, split, read_group)
+    small.fill(5)
+    assert sum(file.stat().st_size for file in files(tmp_path / "cache")) <= 4 * size
+
+
+def test_two_jobs_with_other_data_share_a_small_folder(tmp_path: Path, split: ParquetSplit) -> None:
+    write_parquet(tmp_path / "other set", "train.parquet", range(ROWS, 2 * ROWS), group=GROUP)
+    other = open_split(str(tmp_path / "other set"), "train")
+    assert isinstance(other, ParquetSplit)
+    caches = [GroupCache(tmp_path / "cache", 40_000, one, read_group) for one in (split, other)]
+    context = multiprocessing.get_context("fork")
+    jobs = [context.Process(target=rows_from, args=(cache, one, first)) for cache, one, first in
+            zip(caches, (split, other), (0, ROWS), strict=True) for _ in range(2)]  # fmt: skip
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0] * 4
+    assert 0 < sum(file.stat().st_size for file in files(tmp_path / "cache")) <= 40_000
+
+
+def rows_from(cache: GroupCache, split: ParquetSplit, first: int) -> None:
+    reader = ParquetReader(split, cache.table, memory_bytes=1)
+    for i in range(ROWS):
+        assert reader.rows([i])[0].data == png(first + i)
+
+
+def test_kills_at_any_moment_leave_a_folder_that_works(tmp_path: Path, split: ParquetSplit) -> None:
+    """Twenty processes are killed while they read, write and clear; whoever comes after them reads every row."""
+    context = multiprocessing.get_context("fork")
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        job = context.Process(target=all_rows, args=(GroupCache(tmp_path / "cache", 30_000, split, read_group), split))
+        job.start()
+        time.sleep(float(rng.uniform(0.0, 0.05)))
+        job.kill()
+        job.join()
+    for left in files(tmp_path / "cache", "tmp"):  # as old as they would be for the next job
+        os.utime(left, (0, 0))
+    all_rows(GroupCache(tmp_path / "cache", 30_000, split, read_group), split)
+    assert sum(file.stat().st_size for file in files(tmp_path / "cache")) <= 30_000
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_by_its_key(

@@ -165,6 +165,29 @@ def test_resuming_twice_equals_not_stopping(
     assert trace == whole.seen
 
 
+@pytest.mark.parametrize(
+    ("interval", "after"),
+    [({"val_check_interval": 0.5}, [5, 10, 15, 20]), ({"val_check_interval": 4}, [4, 8, 14, 18]),
+     ({"val_check_interval": 7, "check_val_every_n_epoch": None}, [7, 14])],
+    ids=str,
+)  # fmt: skip
+def test_evaluation_comes_at_its_interval_and_changes_no_batch(
+    tmp_path: Path, interval: dict[str, Any], after: list[int]
+) -> None:
+    """Lightning sees a finite loader: a share of an epoch, steps of it, and steps across epochs are all understood."""
+    plain = run(tmp_path, module(), max_epochs=2).seen
+    at: list[int] = []
+
+    class Evaluated(pl.Callback):
+        def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            at.append(trainer.global_step)
+
+    tracer = run(tmp_path, module(workers=2), max_epochs=2, callbacks=[Evaluated()], **interval)
+    assert at == after
+    assert tracer.seen == plain
+    assert tracer.evaluated == list(range(21)) * len(after)
+
+
 class SaveEpochs(pl.Callback):
     """Saves where `fit` does: when an epoch and its evaluation are done."""
 

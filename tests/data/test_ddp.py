@@ -50,6 +50,28 @@ def test_one_ranks_data_error_ends_all_ranks_with_the_same_sentence(tmp_path: Pa
     assert ends[0].startswith("DataError: 1 images of the train dataset given cannot be decoded")
 
 
+def test_a_refusal_is_asked_for_by_rank_0_alone_and_ends_all_ranks_before_training(tmp_path: Path) -> None:
+    write_set(tmp_path / "hub")
+    asked = []
+    for world in (1, 2):
+        folder = tmp_path / f"world {world}"
+        folder.mkdir()
+        with LoopbackHub(tmp_path / "hub", token="hf_secret") as hub:
+            env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_TOKEN": "hf_another"}
+            command = [sys.executable, "-m", "tests.data.ddp_run", str(world), str(folder), "refused"]
+            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode != 0
+        ends = {(folder / f"end of rank {rank}").read_text() for rank in range(world)}
+        assert len(ends) == 1
+        assert ends.pop().startswith(
+            "SourceUnreachable: The token given has no access to the dataset ILSVRC/imagenet-1k"
+        )
+        assert hub.seen_tokens == {"hf_another"}
+        assert "hf_another" not in done.stdout + done.stderr
+        asked.append(hub.requests)
+    assert asked[0] == asked[1]
+
+
 def together(ranks: list[dict[str, Any]], name: str) -> list[list[int]]:
     """Global batches: the ranks' micro-batches side by side."""
     assert len({len(rank[name]["train"]) for rank in ranks}) == 1

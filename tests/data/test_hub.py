@@ -1,10 +1,12 @@
 """The real path, `datasets` and the hub's client included, against a hub on this machine."""
 
+import errno
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -14,9 +16,9 @@ import pytest
 from huggingface_hub import HfFileSystem
 
 from tests.data.tracing import CLASSES, SaveAt, Tracer, features, png, trainer
-from tests.loopback_hub import LoopbackHub, reset, short, sometimes, stall, status, truncated
+from tests.loopback_hub import LoopbackHub, changed, reset, short, sometimes, stall, status, truncated
 from xception_pl.bench.loopback import _Handler
-from xception_pl.data import fetch
+from xception_pl.data import fetch, stream
 from xception_pl.data.config import DataConfig
 from xception_pl.data.datamodule import ImageNetDataModule
 from xception_pl.data.errors import DataError, SourceUnreachable
@@ -125,8 +127,9 @@ def test_little_room_only_makes_it_read_again(tmp_path: Path, hub: LoopbackHub) 
         (truncated, "RemoteProtocolError"),
         (short, "short answer"),
         (reset, "RemoteProtocolError"),
+        (changed, "changed ETag"),
     ],
-    ids=["429", "503", "truncated", "short", "reset"],
+    ids=["429", "503", "truncated", "short", "reset", "changed"],
 )
 def test_a_storm_of_faults_changes_nothing_but_the_count(
     tmp_path: Path, hub: LoopbackHub, fault: Any, kind: str
@@ -149,6 +152,39 @@ def test_a_run_through_a_storm_sees_the_same_and_counts_the_faults(
     trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(tracer, data)
     assert tracer.seen == calm
     assert data.faults["503"] >= 5
+
+
+def test_a_file_that_has_become_another_ends_the_run_with_one_sentence(tmp_path: Path, hub: LoopbackHub) -> None:
+    """Never a batch of two files' parts: what was read before and what comes now do not fit."""
+    data = ImageNetDataModule(config(tmp_path, retry_seconds=0.3))
+    data.prepare()
+    for file in hub.folder.rglob("train*.parquet"):
+        file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(DataError, match=r"^Cannot read .*tries in .* the last with changed ETag; .*\.$"):
+        next(iter(data.train_dataloader()))
+
+
+def test_a_redirect_to_a_storage_is_known_by_the_hubs_own_hash() -> None:
+    def answer(**headers: str) -> Any:
+        return SimpleNamespace(headers={name.replace("_", "-"): value for name, value in headers.items()})
+
+    storages = [answer(ETag="one"), answer(ETag="two")]
+    assert {fetch._etag([answer(X_Linked_ETag="sha", ETag="of the answer"), storage]) for storage in storages} == {
+        "sha"
+    }
+    assert fetch._etag([answer(ETag="git")]) == "git"
+    assert fetch._etag([answer()]) == ""
+
+
+def test_a_disk_too_full_for_footers_only_costs_another_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(where: str) -> None:
+        Path(where).write_bytes(b"torn")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    footer = SimpleNamespace(write_metadata_file=full)
+    monkeypatch.setattr(stream, "read_footer", lambda path: footer)
+    assert stream.kept_footer("hf://datasets/a/b@c/d.parquet", tmp_path / "cache/footers") is footer
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 def test_footers_are_read_once_and_kept(tmp_path: Path, hub: LoopbackHub) -> None:

@@ -131,7 +131,8 @@ class GroupCache:
             return False
         with _locked(self.folder / "lock"):
             counter = self.folder / "bytes"
-            used = int(counter.read_text() or 0) if counter.exists() else self._measure()
+            kept = counter.read_text() if counter.exists() else ""
+            used = int(kept) if kept.isdigit() else self._measure()  # a kill, or a full disk, leaves it empty
             if used + size > self.limit_bytes:
                 used = self._delete(max(0, int(self.limit_bytes * _ROOM) - size))
             fits = used + size <= self.limit_bytes

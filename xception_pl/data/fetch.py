@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import fsspec
@@ -32,6 +33,8 @@ _FOR_A_WHILE = {408, 425, 429, 500, 502, 503, 504}
 
 faults: Counter[str] = Counter()
 """Failed tries of this process by kind, since they were last asked for."""
+
+_etags: dict[str, str] = {}  # of each hub file that this process, or the one it was forked from, has read
 
 _log = logging.getLogger(__name__)
 
@@ -127,7 +130,18 @@ def _read_hub(path: str, start: int, stop: int) -> bytes:
         if status in _FOR_A_WHILE:
             raise _Again(str(status), _asked_wait(error.response.headers.get("Retry-After"))) from error
         raise refusal(path, status) from error
+    etag = _etag([*response.history, response])
+    if etag and _etags.setdefault(path, etag) != etag:
+        raise _Again(
+            "changed ETag"
+        )  # parts of two files: a stale copy somewhere, or the commit's history was rewritten
     return bytes(response.content)
+
+
+def _etag(responses: Sequence[Any]) -> str:
+    """The hub's own hash of a file: of the answer that redirects to a storage, whose own ETag is another."""
+    names = [response.headers.get("X-Linked-ETag") for response in responses] + [responses[0].headers.get("ETag")]
+    return next((name for name in names if name), "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import logging
 import os
 import threading
 from collections import OrderedDict
@@ -25,6 +26,8 @@ from xception_pl.data.source import ParquetSplit, Split, TableSplit
 
 MEMORY_BYTES = 2**30
 """Bound on the row groups that one reader holds."""
+
+_log = logging.getLogger(__name__)
 
 _FOOTER_GUESS = 2**17  # bytes read at a file's end in the first request; most footers are smaller
 _GAP = 2**16  # columns nearer than this are read in one request
@@ -158,8 +161,12 @@ def kept_footer(path: str, keep: Path | None) -> pq.FileMetaData:
     footer = read_footer(path)
     make_folder(keep)
     aside = kept.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
-    footer.write_metadata_file(str(aside))
-    aside.rename(kept)
+    try:
+        footer.write_metadata_file(str(aside))
+        aside.rename(kept)
+    except OSError as error:  # a full disk: read again the next time
+        _log.debug("The footer of %s is not kept: %s", path, error)
+        aside.unlink(missing_ok=True)
     return footer
 
 
