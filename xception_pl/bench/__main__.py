@@ -7,6 +7,7 @@ MEASUREMENTS = {
     "train": "training steps: this package, timm and Keras, beside what the machine allows",
     "infer": "inference: this package, timm, Keras, ONNX Runtime and OpenVINO, beside what the machine allows",
     "fit": "a recipe: input alone, compute alone, both through the Trainer, and which of them bounds it",
+    "predict": "pictures to classes, decoding included: this package and timm",
     "data": "JPEG files to training crops and batches: this package, timm, torchvision and DALI; the start of a run",
     "scaling": "no measurement: a model of a step on many GPUs, with the numbers that it rests on",
 }
@@ -19,7 +20,7 @@ def main(arguments: list[str]) -> int:
         return status
     asked_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
     lines = ["usage: python -m xception_pl.bench WHAT [--help]", ""]
-    lines += [f"  {name:<7}{what}" for name, what in MEASUREMENTS.items()]
+    lines += [f"  {name:<9}{what}" for name, what in MEASUREMENTS.items()]
     if arguments and not asked_for_help:
         lines.append(f"\n{arguments[0]!r} is no measurement: choose one of {', '.join(MEASUREMENTS)}.")
     print("\n".join(lines), file=sys.stdout if asked_for_help else sys.stderr)
