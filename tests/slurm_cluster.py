@@ -80,7 +80,8 @@ class Cluster:
                     stderr=out,
                     start_new_session=True,
                 )
-        self.wait(lambda: self.states() == {"n1": "idle", "n2": "idle"}, 60, "both nodes idle")
+        up = {"idle", "mix", "alloc"}  # a job may be waiting for the node
+        self.wait(lambda: up.issuperset(self.states().get(name, "") for name in ("n1", "n2")), 60, "both nodes up")
 
     def stop(self) -> None:
         subprocess.run(["scancel", "--state=RUNNING"], env=self.environment, check=False, capture_output=True)
@@ -113,19 +114,20 @@ class Cluster:
     def kill_node(self, name: str) -> None:
         """As if the machine lost power: its slurmd and all that it started are gone at once."""
         daemon = self.daemons.pop(name)
-        victims = [daemon.pid]
-        for pid in filter(str.isdecimal, os.listdir("/proc")):
+        tasks, step_daemons = [], set()
+        for process in Path("/proc").glob("[0-9]*"):
             try:
-                environ = Path("/proc", pid, "environ").read_bytes().split(b"\0")
+                environ = (process / "environ").read_bytes().split(b"\0")
+                parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+                parents_name = Path("/proc", parent, "comm").read_text()
             except OSError:
                 continue
             mine = b"SLURM_CONF=" + self.environment["SLURM_CONF"].encode() in environ
             if mine and b"SLURMD_NODENAME=" + name.encode() in environ:
-                victims.append(int(pid))
-        step_daemons = subprocess.run(
-            ["pgrep", "--full", "--parent", str(daemon.pid)], capture_output=True, text=True, check=False
-        ).stdout.split()
-        for pid in [*victims, *map(int, step_daemons)]:
+                tasks.append(int(process.name))
+                if parents_name.startswith("slurmstepd"):
+                    step_daemons.add(int(parent))
+        for pid in (daemon.pid, *step_daemons, *tasks):  # who could tell of it goes first
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
