@@ -113,7 +113,8 @@ def job_script(job: Job, recipe: Recipe, folder: Path, *, command: str) -> str:
             "export NCCL_DEBUG=${NCCL_DEBUG:-WARN}",
             "# Where nodes have several networks and NCCL takes the wrong one: export NCCL_SOCKET_IFNAME=ib0",
         ]
-    body += ["", f"srun --kill-on-bad-exit=0 {shlex.join([*train, '--resume', 'auto'])}"]
+    body += ["", "# Ranks end each other: the one that is lost is named, and the job queued again."]
+    body += [f"srun --kill-on-bad-exit=0 {shlex.join([*train, '--resume', 'auto'])}"]
     title = f"Written by `{command}`."
     return batch_script([*own, "--requeue", *job.more], body, folder=Path.cwd(), title=title)
 
