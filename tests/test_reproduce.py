@@ -146,6 +146,20 @@ def test_a_flag_without_a_key_is_refused(tmp_path: Path) -> None:
         read_flags(str(recipe))
 
 
+def test_a_run_whose_recipe_changed_midway_is_not_counted(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", XCEPTION, {"val_top1": 0.8})
+    starts = [{"step": 0, "changed": {}}, {"step": 5, "changed": {"run.name": "was 'a' and is 'b'"}}]
+    (folder / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    recipes = {XCEPTION: flat(to_plain(load_recipe(XCEPTION)))}
+    counted, refused = sort_runs([str(folder)], recipes)
+    assert (len(counted[XCEPTION]), refused) == (1, [])
+    with open(folder / "starts.jsonl", "a") as file:
+        file.write(json.dumps({"step": 9, "changed": {"optim.lr": "was 0.045 and is 0.1"}}) + "\n")
+    counted, refused = sort_runs([str(folder)], recipes)
+    assert counted[XCEPTION] == []
+    assert [run.reason for run in refused] == ["its recipe changed midway: optim.lr was 0.045 and is 0.1"]
+
+
 def test_bases_are_found_beside_their_recipe() -> None:
     assert base_of(XCEPTION) == "recipes/imagenet.yaml"
     assert base_of("recipes/jft/xception_fc.yaml") == JFT_XCEPTION
