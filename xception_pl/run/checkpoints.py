@@ -218,8 +218,13 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = self.recipe
         checkpoint["validation_due"] = self._validation_due
+        loops = checkpoint["loops"]["fit_loop"]
+        evaluated = loops["epoch_loop.val_loop.batch_progress"]  # no validation goes on in its middle
+        for counts in (evaluated["total"], evaluated["current"]):
+            counts.update(dict.fromkeys(counts, 0))
+        evaluated["is_last_batch"] = True
         if trainer.validating:
-            _leave_validation(checkpoint["loops"]["fit_loop"], last_batch=trainer.is_last_batch)
+            _leave_validation(loops, last_batch=trainer.is_last_batch)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._due_on_resume = checkpoint.get("validation_due", False)
@@ -236,10 +241,6 @@ def _leave_validation(loops: dict[str, Any], *, last_batch: bool) -> None:
 
     That is at the end of a training batch, or, where the validation is that of an epoch's end, at the end of the epoch.
     """
-    evaluated = loops["epoch_loop.val_loop.batch_progress"]
-    for progress in (evaluated["total"], evaluated["current"]):
-        progress.update(dict.fromkeys(("started", "processed", "completed"), progress["ready"]))
-    evaluated["is_last_batch"] = True
     for which in ("total", "current"):
         if last_batch:
             loops["epoch_progress"][which]["processed"] += 1
