@@ -12,6 +12,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
@@ -43,6 +46,14 @@ inline_always void store(float *to, vec v, int lanes) {
     *(vec_loose *)to = v;
   else
     for (int i = 0; i < lanes; i++) to[i] = v[i];
+}
+/* Past the cache, to an aligned address: for maps larger than it, of which nothing should be read before it is written. */
+inline_always void stream(float *to, vec v) {
+#if WIDTH == 8 && defined(__AVX__)
+  _mm256_stream_ps(to, (__m256)v);
+#else
+  store(to, v, WIDTH);
+#endif
 }
 inline_always vec splat(float x) { return x - (vec){0}; } /* one instruction; x + 0 would be two, because of -0 */
 inline_always vec choose(mask which, vec yes, vec no) {
@@ -100,6 +111,17 @@ struct right {
 
 static int depth(const struct left *l) { return l->kind == PATCHES ? 9 * l->channels : l->channels; }
 static int pixels(const struct left *l) { return l->batch * l->out_height * l->out_width; }
+
+/* Ask for large pages where a map will lie: the system then clears and enters few of them instead of many. */
+void large_pages(float *at, long floats) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = 1 << 21;
+  uintptr_t from = ((uintptr_t)at + page - 1) & ~(page - 1), to = (uintptr_t)(at + floats) & ~(page - 1);
+  if (from < to) (void)madvise((void *)from, to - from, MADV_HUGEPAGE);
+#else
+  (void)at, (void)floats;
+#endif
+}
 
 /* Floats in a vector of the processor that this was compiled for; 0 where it has none of eight. */
 int vectors(void) {
@@ -253,6 +275,7 @@ static void fill(const struct left *l, int first, int count, const struct tile *
 
 /* ---- Products ---- */
 
+enum { LARGE = 1 << 21 }; /* floats of a map that is larger than what the caches should give to it */
 enum { CHUNK = 96 }; /* pixels over which a gradient of weights is summed at a time */
 
 /* ROWS x PANEL sums over `count` steps; a step moves `a` by `forward` and its rows lie `apart`. The panel that lies
@@ -305,7 +328,7 @@ int packed_floats(int depth, int columns) { return over(columns, PANEL) * depth 
 
 /* Write `group` vectors of a panel of the product, `rows` of them from pixel `first` on, and note their moments. */
 inline_always void finish(const struct right *r, const float *sums, int first, int rows, int tile, int c, int lanes,
-                          int group) {
+                          int group, int streamed) {
   const vec zero = {0}, floor = splat(r->floor);
   vec scale[2], shift[2];
   for (int n = 0; n < group; n++) {
@@ -318,7 +341,11 @@ inline_always void finish(const struct right *r, const float *sums, int first, i
       vec v = load(sums + p * PANEL + n * WIDTH, WIDTH);
       if (r->scale) v = v * scale[n] + shift[n];
       if (r->added) v += load(r->added + at + n * WIDTH, lanes);
-      store(r->out + at + n * WIDTH, at_least(floor, v), lanes);
+      v = at_least(floor, v);
+      if (streamed)
+        stream(r->out + at + n * WIDTH, v);
+      else
+        store(r->out + at + n * WIDTH, v, lanes);
     }
   if (!r->moments) return;
   for (int n = 0; n < group; n++) {
@@ -342,6 +369,7 @@ int product(const struct left *l, const struct right *r, int threads) {
   int panels = over(r->columns, PANEL), failed = 0;
   /* Where tiles are few, several threads take a share of the columns of each, and each makes its left-hand side. */
   int shares = larger(1, smaller(panels / 4, over(4 * threads, tiles)));
+  int streamed = (long)count * r->columns > LARGE && r->columns % PANEL == 0 && (uintptr_t)r->out % 64 == 0;
   long step = K + WIDTH; /* rows that lie a power of two apart would evict each other */
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
@@ -358,10 +386,12 @@ int product(const struct left *l, const struct right *r, int threads) {
         const float *b = r->packed + (long)panel * K * PANEL;
         for (int p = 0; p < here; p += ROWS) multiply_rows(K, left + p * step, step, b, sums + p * PANEL);
         int column = panel * PANEL;
-        if (column + PANEL <= r->columns)
-          finish(r, sums, first, here, tile, column, WIDTH, 2);
+        if (column + PANEL <= r->columns && streamed)
+          finish(r, sums, first, here, tile, column, WIDTH, 2, 1);
+        else if (column + PANEL <= r->columns)
+          finish(r, sums, first, here, tile, column, WIDTH, 2, 0);
         else
-          EACH_VECTOR(column, r->columns, { finish(r, sums + c % PANEL, first, here, tile, c, lanes, 1); });
+          EACH_VECTOR(column, r->columns, { finish(r, sums + c % PANEL, first, here, tile, c, lanes, 1, 0); });
       }
     }
     free(left);

@@ -138,7 +138,10 @@ def folded(norm: nn.Module, floor: float = NO_FLOOR) -> Affine:
 
 
 def empty_map(batch: int, channels: int, height: int, width: int) -> Tensor:
-    return torch.empty((batch, channels, height, width), memory_format=torch.channels_last)
+    out = torch.empty((batch, channels, height, width), memory_format=torch.channels_last)
+    if out.numel() > 1 << 20:
+        call("large_pages", out, ctypes.c_long(out.numel()))
+    return out
 
 
 # Weights
@@ -255,7 +258,7 @@ def weight_gradient(left: Left, behind: Left) -> Tensor:
 
 def affine_map(x: Tensor, affine: Affine, added: Tensor | None = None) -> Tensor:
     """``max(x * scale + shift + added, floor)``."""
-    out, channels = torch.empty_like(x), x.shape[1]
+    out, channels = empty_map(*x.shape), x.shape[1]
     floor = ctypes.c_float(affine.floor)
     arguments = (x, x.numel() // channels, channels, affine.scale, affine.shift, address(added), floor, out)
     call("affine", *arguments, torch.get_num_threads())
@@ -320,7 +323,7 @@ def norm_sums(g: Tensor, x: Tensor, mean: Tensor, mask: Affine | None = None) ->
     """
     channels = x.shape[1]
     sums, parts = torch.empty(2, channels), torch.empty(MOST, 2, channels)
-    masked = None if mask is None else torch.empty_like(x)
+    masked = None if mask is None else empty_map(*x.shape)
     scale, shift = (None, None) if mask is None else (mask.scale, mask.shift)
     arguments = (g, x, x.numel() // channels, channels, mean, address(scale), address(shift), address(masked))
     call("norm_sums", *arguments, parts, sums, torch.get_num_threads())
@@ -332,7 +335,7 @@ def pool_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of :func:`pool` for the affine map of `x`, and its sums as those of :func:`norm_sums`."""
     how = _pool(x, stride, dilation, affine, g.shape)
-    out, sums = torch.empty_like(x), torch.empty(2, x.shape[1])
+    out, sums = empty_map(*x.shape), torch.empty(2, x.shape[1])
     parts = torch.empty(call("pool_bands", ctypes.byref(how)), 2, x.shape[1])
     call("pool_backward", ctypes.byref(how), g, mean, out, parts, sums, torch.get_num_threads())
     return out, sums
