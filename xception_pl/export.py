@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = arguments.output or _beside(arguments.weights, arguments.to, SUFFIXES[arguments.to])
         if output.exists() and Path(arguments.weights).expanduser().exists() and output.samefile(arguments.weights):
             raise ValueError(f"{output} is the file of weights itself: name another --output.")
-        done = export(network, arguments.to, output, fold=arguments.fold_bn, results=_results(Path(arguments.weights)))
+        results = None if arguments.raw else _results(Path(arguments.weights))
+        done = export(network, arguments.to, output, fold=arguments.fold_bn, results=results)
     if done.folded is not None:
         print(f"batch norm folded: {done.folded}")
     print(f"{done.path} written and loaded back by {done.reader}: {done.against}")
@@ -49,20 +50,22 @@ def _beside(weights: str, to: str, suffix: str) -> Path:
     path = Path(weights).expanduser()
     base = path.name.partition("@")[0] if not path.exists() else path.stem if path.is_file() else path.resolve().name
     folder = path.parent if path.exists() else Path()
-    return folder / (f"{base}-{to}" if to in ("hub-folder", "timm") else base).__add__(suffix)
+    return folder / ((f"{base}-{to}" if to in ("hub-folder", "timm") else base) + suffix)
 
 
 def _results(weights: Path) -> dict[str, object] | None:
-    """The numbers of the run that wrote these weights, where its folder is around them."""
-    for folder in (weights, *weights.resolve().parents[:2]):
-        file = folder / "results.json"
-        if file.is_file():
-            try:
-                results = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{file} is no JSON: {error}.") from error
-            return results if isinstance(results, dict) else None
-    return None
+    """What a finished run measured with exactly these weights: those that it left averaged at its end, or its folder."""
+    run = weights.expanduser().resolve()
+    if run.parts[-2:] == ("checkpoints", "averaged.safetensors"):
+        run = run.parents[1]
+    file = run / "results.json"
+    if not file.is_file():
+        return None
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}.") from error
+    return results if isinstance(results, dict) else None
 
 
 if __name__ == "__main__":

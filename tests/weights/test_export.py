@@ -88,6 +88,13 @@ def test_a_hub_folder_has_the_runs_numbers(weights: Path, small: Xception, tmp_p
     ]
 
 
+def test_the_runs_numbers_belong_to_no_other_weights(weights: Path, tmp_path: Path) -> None:
+    other = weights.with_name("best.safetensors")
+    other.write_bytes(weights.read_bytes())
+    assert main([str(other), "--to", "hub-folder", "--output", str(tmp_path / "hub")]) == 0
+    assert "Not evaluated." in (tmp_path / "hub" / "README.md").read_text()
+
+
 def test_safetensors_of_other_weights(small: Xception, tmp_path: Path) -> None:
     torch.save(
         {"state_dict": {f"module.{name}": tensor for name, tensor in small.state_dict().items()}}, tmp_path / "old.pth"

@@ -29,8 +29,7 @@ def load_network(source: str | Path | nn.Module, *, num_classes: int | None = No
 
     What the file is, its content says, not its name: a checkpoint or `averaged.safetensors` of a run, Keras' `.keras`,
     `.weights.h5` and `.h5`, any of timm's, Cadene's or tstandley's ports (also inside `state_dict`, or with prefixes such
-    as `module.`). Nothing in a file is
-    executed. The network has the numerics of the weights' origin, how images were prepared for it
+    as `module.`). Nothing in a file is executed. The network has the numerics of the weights' origin, how images were prepared for it
     (`network.preprocessing`), and the names of its classes (`network.class_names`, None where the file has none).
 
     Args:
