@@ -109,6 +109,7 @@ def test_the_mixins_methods(hub: LoopbackHub, named: Xception, tmp_path: Path) -
     assert isinstance(network, PretrainedXception)
     assert_equal(network, named)
     assert not network.training
+    assert network.predict(smooth_images(96)).shape == (2, 5)
     with torch.no_grad():
         network.fc.weight.add_(1)
     network.save_pretrained(tmp_path / "saved")

@@ -67,7 +67,7 @@ def _ours(files: list[Path], scratch: Path, options: Any) -> dict[str, Run]:
         XceptionModule(optim={"ema_decay": 0}, preprocessing={"image_size": 299, "eval_crop": "timm"}), weights
     )
 
-    def contender(**how: bool) -> Run:
+    def contender(**how: Any) -> Run:
         predictor = Predictor(str(weights), device="cpu", **how)
 
         def run() -> int:

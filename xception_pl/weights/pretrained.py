@@ -8,9 +8,10 @@ from huggingface_hub import PyTorchModelHubMixin
 from xception_pl.nets.xception import Xception
 from xception_pl.weights.hub import as_hub_id, fetch_weights, write_hub_folder
 from xception_pl.weights.load import load_network
+from xception_pl.weights.ready import ReadyXception
 
 
-class PretrainedXception(Xception, PyTorchModelHubMixin, library_name="xception_pl"):  # type: ignore[call-arg]
+class PretrainedXception(ReadyXception, PyTorchModelHubMixin, library_name="xception_pl"):  # type: ignore[call-arg]
     """An :class:`~xception_pl.nets.xception.Xception` that comes from and goes to the hub.
 
     ``PretrainedXception.from_pretrained(folder_or_id)`` takes the weights of any format that
