@@ -93,8 +93,10 @@ def timm_names() -> dict[str, str]:
 
 def timm_network(task: Task) -> nn.Module:
     """timm's network with the task's weights, the paper's epsilon and TensorFlow's padding of pooling."""
-    network = _create_timm()
-    network.load_state_dict({theirs: task.weights[ours] for theirs, ours in timm_names().items()})
+    with torch.device("meta"):
+        network = _create_timm()
+    weights = {theirs: task.weights[ours].clone() for theirs, ours in timm_names().items()}
+    network.load_state_dict(weights, assign=True)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 1e-3

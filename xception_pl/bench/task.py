@@ -54,8 +54,9 @@ class Task:
 
     def network(self) -> Xception:
         """Our network with the task's weights, on the CPU. Dropout is off: contenders could not be compared."""
-        network = Xception(CLASSES, dropout=0.0)
-        network.load_state_dict(self.weights)
+        with torch.device("meta"):  # weights that would be overwritten are not drawn
+            network = Xception(CLASSES, dropout=0.0)
+        network.load_state_dict({name: value.clone() for name, value in self.weights.items()}, assign=True)
         return network.train(self.training)
 
     def wait(self) -> None:
