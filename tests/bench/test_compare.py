@@ -107,12 +107,14 @@ def test_memory_of_a_step_is_seen() -> None:
     assert peak == pytest.approx(256 * 2**20, rel=0.05)
 
 
-def test_kernels_for_inference_compute_the_same(inference: Task, exact_inference: Outcome) -> None:
+@pytest.mark.parametrize("what", ["inference", "training"])
+def test_kernels_compute_the_same(what: str, request: pytest.FixtureRequest) -> None:
+    task, right = request.getfixturevalue(what), request.getfixturevalue(f"exact_{what}")
     contender = next(mode for mode in ours() if mode.name == "xception_pl:kernels")
-    reason = contender.unfit(inference)
+    reason = contender.unfit(task)
     if reason is not None:
         pytest.skip(reason)
-    _, wrong = verdict(errors(contender.start(inference).outcome(), exact_inference))
+    _, wrong = verdict(errors(contender.start(task).outcome(), right))
     assert wrong is None
 
 
