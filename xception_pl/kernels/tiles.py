@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cache
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ def tile_for(kernel: str, shape: str) -> Tile:
             options = dict(found)
             return Tile(per_sm=options.pop("per_sm", 1), options=options)
     raise AssertionError(f"no tile for {kernel} {shape}")
+
+
+def aligned(*channels: int) -> int:
+    """The largest power of two, up to 16, that divides the channel counts."""
+    return gcd(16, *channels)
 
 
 def programs(tasks: int, others: int, per_sm: int) -> int:

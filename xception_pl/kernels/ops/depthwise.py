@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xception_pl.kernels.ops.normalise import load_row
-from xception_pl.kernels.tiles import programs, tile_for
+from xception_pl.kernels.ops.normalise import load_row, multiple
+from xception_pl.kernels.tiles import aligned, programs, tile_for
 
 
 @triton.jit
@@ -49,9 +49,10 @@ def load_tap(weight, tap: tl.constexpr, c, channels):
 @triton.jit
 def depthwise_kernel(
     x, table, weight, out, images, height, width, channels,
-    NORM: tl.constexpr, RELU: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, NORM: tl.constexpr, RELU: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out = the convolution of ReLU(x · scale + shift)."""
+    channels = multiple(channels, ALIGN)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     image = tl.program_id(2)
@@ -84,7 +85,7 @@ def depthwise_kernel(
 @triton.jit
 def depthwise_backward_kernel(
     grad, x, table, weight, add, dx, out, partial, images, height, width, channels, add_height, add_width,
-    NORM: tl.constexpr, RELU: tl.constexpr, ADD: tl.constexpr, ADD_MASKED: tl.constexpr, OUT: tl.constexpr,
+    ALIGN: tl.constexpr, NORM: tl.constexpr, RELU: tl.constexpr, ADD: tl.constexpr, ADD_MASKED: tl.constexpr, OUT: tl.constexpr,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of the output: that of z (or x), of the weight, z's sums for batch norm, and the output again.
@@ -94,6 +95,7 @@ def depthwise_backward_kernel(
     program, (programs, 11, C): of dz, of dz · (x - mean), and the nine of the weight. With OUT the convolution's output
     is computed again and stored: the weight gradient of the pointwise convolution reads it next.
     """
+    channels = multiple(channels, ALIGN)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     valid = (c < channels)[None, :]
@@ -203,7 +205,7 @@ def depthwise(x: Tensor, table: Tensor | None, weight: Tensor, *, relu: bool) ->
     grid = (triton.cdiv(width, tile["COLUMNS"]), triton.cdiv(channels, tile["CHANNELS"]), images)
     depthwise_kernel[grid](
         x, x if table is None else table, taps(weight), out, images, height, width, channels,
-        NORM=table is not None, RELU=relu, **tile,
+        NORM=table is not None, RELU=relu, ALIGN=aligned(channels), **tile,
     )  # fmt: skip
     return out
 
@@ -245,7 +247,7 @@ def depthwise_backward(
         grad, x, x if table is None else table, taps(weight), grad if add is None else add,
         dx, dx if out is None else out, partial, images, height, width, channels,
         0 if add is None else add.shape[1], 0 if add is None else add.shape[2],
-        NORM=table is not None, RELU=relu, ADD=kind, ADD_MASKED=add_masked, OUT=again, **tile,
+        NORM=table is not None, RELU=relu, ADD=kind, ADD_MASKED=add_masked, OUT=again, ALIGN=aligned(channels), **tile,
     )  # fmt: skip
     d_weight = partial[:, 2:].sum(0).t().reshape(weight.shape)
     return dx, partial[:, :2], d_weight, out

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from xception_pl.kernels.ops.depthwise import in_image
-from xception_pl.kernels.ops.normalise import load_row
-from xception_pl.kernels.tiles import programs, tile_for
+from xception_pl.kernels.ops.normalise import load_row, multiple
+from xception_pl.kernels.tiles import aligned, programs, tile_for
 
 
 @triton.jit
@@ -33,10 +33,11 @@ def larger(a, b):
 @triton.jit
 def pool_kernel(
     y, table, side, side_table, out, height, width, out_height, out_width, channels,
-    PAD_ROWS: tl.constexpr, PAD_COLUMNS: tl.constexpr, SHORTCUT: tl.constexpr,
+    ALIGN: tl.constexpr, PAD_ROWS: tl.constexpr, PAD_COLUMNS: tl.constexpr, SHORTCUT: tl.constexpr,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out = max of z over each window + the shortcut's z."""
+    channels = multiple(channels, ALIGN)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     image = tl.program_id(2).to(tl.int64)
@@ -91,7 +92,7 @@ def store_pixel(dz, at, g, stored, mean, inside, first, second):
 @triton.jit
 def pool_backward_kernel(
     grad, y, table, side, side_table, dz, partial, images, height, width, out_height, out_width, channels,
-    PAD_ROWS: tl.constexpr, PAD_COLUMNS: tl.constexpr, SHORTCUT: tl.constexpr,
+    ALIGN: tl.constexpr, PAD_ROWS: tl.constexpr, PAD_COLUMNS: tl.constexpr, SHORTCUT: tl.constexpr,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dz from the gradient of the block's output; sums for both batch norms, (programs, 4, C).
@@ -100,6 +101,7 @@ def pool_backward_kernel(
     pixels that are first in it and in no window to its right and below: of each it asks the up to four windows that
     read it whether it was their maximum. Row i - 1 is carried, column j - 1 is computed again.
     """
+    channels = multiple(channels, ALIGN)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     valid = (c < channels)[None, :]
@@ -188,7 +190,7 @@ def pool(y: Tensor, table: Tensor, side: Tensor | None = None, side_table: Tenso
     pool_kernel[grid](
         y, table, y if side is None else side, table if side_table is None else side_table, out,
         height, width, out.shape[1], out.shape[2], channels,
-        PAD_ROWS=height % 2, PAD_COLUMNS=width % 2, SHORTCUT=side is not None, **tile,
+        PAD_ROWS=height % 2, PAD_COLUMNS=width % 2, SHORTCUT=side is not None, ALIGN=aligned(channels), **tile,
     )  # fmt: skip
     return out
 
@@ -207,6 +209,6 @@ def pool_backward(
     pool_backward_kernel[(across, deep, walks)](
         grad, y, table, y if side is None else side, table if side_table is None else side_table, dz, partial,
         images, height, width, grad.shape[1], grad.shape[2], channels,
-        PAD_ROWS=height % 2, PAD_COLUMNS=width % 2, SHORTCUT=side is not None, **tile,
+        PAD_ROWS=height % 2, PAD_COLUMNS=width % 2, SHORTCUT=side is not None, ALIGN=aligned(channels), **tile,
     )  # fmt: skip
     return dz, partial[:, :2], partial[:, 2:]

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xception_pl.kernels.ops.normalise import gradient_tile, load_row, merge, rows_of, tile_statistics
-from xception_pl.kernels.tiles import programs, tile_for
+from xception_pl.kernels.ops.normalise import gradient_tile, load_row, merge, multiple, rows_of, tile_statistics
+from xception_pl.kernels.tiles import aligned, programs, tile_for
 
 
 @triton.jit
@@ -45,9 +45,10 @@ def load_activated(x, table, source, valid, k, channels, NORM: tl.constexpr):
 def pointwise_kernel(
     x, table, weight, y, partial, rows, k_channels, n_channels, out_height, out_width, height, width, workers,
     NORM: tl.constexpr, STRIDE: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    ALIGN: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """y = activated x · Wᵀ, and (mean, M2) of each tile of M rows of y, as rounded: (tiles, 2, N)."""
+    k_channels, n_channels = multiple(k_channels, ALIGN), multiple(n_channels, ALIGN)
     tiles_n = tl.cdiv(n_channels, N)
     worker = tl.program_id(0) // tiles_n  # neighbours in time share the rows that they read
     n = tl.program_id(0) % tiles_n * N + tl.arange(0, N)
@@ -81,9 +82,10 @@ def pointwise_kernel(
 @triton.jit
 def pointwise_input_kernel(
     dz, y, table, weight, dx, dy, rows, k_channels, n_channels, workers,
-    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGN: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """dx = dy · W, where dy comes from dz and y by the backward table; the first tile of K also writes dy."""
+    k_channels, n_channels = multiple(k_channels, ALIGN), multiple(n_channels, ALIGN)
     tiles_k = tl.cdiv(k_channels, K)
     worker = tl.program_id(0) // tiles_k
     tile_k = tl.program_id(0) % tiles_k
@@ -116,9 +118,10 @@ def pointwise_input_kernel(
 def pointwise_weight_kernel(
     dy, x, table, partial, rows, k_channels, n_channels, out_height, out_width, height, width, splits,
     NORM: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    ALIGN: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """dW = dyᵀ · activated x, in `splits` parts of the pixels, each summed for itself in float32: (splits, N, K)."""
+    k_channels, n_channels = multiple(k_channels, ALIGN), multiple(n_channels, ALIGN)
     tiles_k = tl.cdiv(k_channels, K)
     n = tl.program_id(0) // tiles_k * N + tl.arange(0, N)
     k = tl.program_id(0) % tiles_k * K + tl.arange(0, K)
@@ -173,7 +176,8 @@ def pointwise(
     pointwise_kernel[(workers * tiles_n,)](
         x, x if table is None else table, matrix(weight, x.dtype), y, partial,
         rows, k_channels, n_channels, out_height, out_width, height, width, workers,
-        NORM=table is not None, STRIDE=stride, STATISTICS=statistics, PRECISION=precision(x.dtype), **tile,
+        NORM=table is not None, STRIDE=stride, STATISTICS=statistics, PRECISION=precision(x.dtype),
+        ALIGN=aligned(k_channels, n_channels), **tile,
     )  # fmt: skip
     return y, merge(partial, rows, tile["M"]) if statistics else partial
 
@@ -191,7 +195,7 @@ def pointwise_input(dz: Tensor, y: Tensor, table: Tensor, weight: Tensor) -> tup
     workers = programs(triton.cdiv(rows, tile["M"]), tiles_k, chosen.per_sm)
     pointwise_input_kernel[(workers * tiles_k,)](
         dz, y, table, matrix(weight, dz.dtype), dx, dy, rows, k_channels, n_channels, workers,
-        PRECISION=precision(dz.dtype), **tile,
+        PRECISION=precision(dz.dtype), ALIGN=aligned(k_channels, n_channels), **tile,
     )  # fmt: skip
     return dx, dy
 
@@ -209,6 +213,7 @@ def pointwise_weight(dy: Tensor, x: Tensor, *, table: Tensor | None = None, stri
     pointwise_weight_kernel[(tiles, splits)](
         dy, x, x if table is None else table, partial,
         rows, k_channels, n_channels, out_height, out_width, height, width, splits,
-        NORM=table is not None, STRIDE=stride, PRECISION=precision(x.dtype), **tile,
+        NORM=table is not None, STRIDE=stride, PRECISION=precision(x.dtype),
+        ALIGN=aligned(k_channels, n_channels), **tile,
     )  # fmt: skip
     return partial.sum(0)[:, :, None, None]
