@@ -11,7 +11,6 @@ MEASUREMENTS = {
     "data": "JPEG files to training crops and batches: this package, timm, torchvision and DALI; the start of a run",
     "kernels": "no measurement: registers, spills and bytes of the fused GPU kernels, without a GPU",
     "tune": "tile sizes of the fused kernels on the GPU at hand, and whether they are right and faster there",
-    "data": "JPEG files to training crops and batches: this package, timm and torchvision",
     "scaling": "no measurement: a model of a step on many GPUs, with the numbers that it rests on",
 }
 
