@@ -157,6 +157,6 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["--workers", "0"]) == 2
     assert capsys.readouterr().err == "--workers 0 is below 1.\n"
     assert bench.main(["speed"]) == 2
-    assert "'speed' is no measurement: choose one of train, infer, fit, data, scaling." in capsys.readouterr().err
+    assert "'speed' is no measurement: choose one of train, infer, fit, predict, data, " in capsys.readouterr().err
     assert bench.main(["--help"]) == 0
     assert "python -m xception_pl.bench WHAT" in capsys.readouterr().out

@@ -1,17 +1,12 @@
 """The kernels run in Triton's interpreter, on the CPU, where there is no GPU; with one, they run on it."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-
 from triton.runtime import interpreter
 
 from xception_pl.kernels import tiles

@@ -39,7 +39,9 @@ def parameters(network: nn.Module) -> int:
 
 def test_defaults_are_those_of_the_recipe() -> None:
     recipe = {field.name: field.default for field in fields(ModelConfig)}
-    for other in ("name", "bn_momentum", "channels_last", "compile"):  # of any network
+    of_any_network = ("name", "bn_momentum", "channels_last", "compile", "kernels")
+    of_training = ("weights", "freeze", "freeze_statistics")
+    for other in (*of_any_network, *of_training):
         del recipe[other]
     assert {name: p.default for name, p in inspect.signature(Xception).parameters.items()} == recipe
 

@@ -118,17 +118,12 @@ class Ranks:
         return found
 
     def _wait_for_all(self, key: str) -> None:
-        from torch.distributed import DistError
-
         assert self.launcher is not None
         end = time.monotonic() + _MEET_SECONDS
-        while True:
-            try:
-                self._store.wait([f"{key}/all"], timedelta(seconds=2))  # in slices: signals are handled between them
-                return
-            except DistError:
-                if time.monotonic() < end:
-                    continue
+        while not self._store.check([f"{key}/all"]):  # asked, not waited for: signals are handled in between
+            if time.monotonic() < end:
+                time.sleep(0.05)
+                continue
             missing = [rank for rank in range(self.launcher.ranks) if not self._store.check([f"{key}/here/{rank}"])]
             here = next(rank for rank in range(self.launcher.ranks) if rank not in missing)
             if self.rank == here:  # one is enough to say it
