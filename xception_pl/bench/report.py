@@ -117,7 +117,7 @@ def draw(result: Result, path: Path) -> None:
         if limit.way in styles:
             label = f"matrix product and copy, {WAYS_IN_WORDS[limit.way]}"
             axis.axvline(limit.rate, color="tab:orange", linestyle=styles[limit.way], linewidth=1.2, label=label)
-    axis.set_xlim(0, 1.04 * max([result.product_limit, *medians]))
+    axis.set_xlim(0, 1.04 * max([result.product_limit, *(spread.high for spread in spreads)]))
     axis.set_xlabel("images a second")
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title(_title(result), fontsize=10, loc="left")
