@@ -25,11 +25,12 @@ PROBE = """<script>
   for (const image of document.images) image.loading = "eager";
   for (const details of document.querySelectorAll("details")) details.open = true;
   addEventListener("load", () => {
-    const column = [...document.querySelectorAll(".sortable th")].findIndex(th => th.textContent === "top-1");
-    const values = () => [...document.querySelectorAll(".sortable tbody tr")].map(r => +r.cells[column].dataset.value);
-    document.querySelectorAll(".sortable th")[column].click();
+    const table = document.querySelector(".sortable");  // of the first network
+    const heads = [...table.querySelectorAll("th")], column = heads.findIndex(th => th.textContent === "top-1");
+    const values = () => [...table.tBodies[0].rows].map(r => +r.cells[column].dataset.value);
+    heads[column].click();
     const down = values();
-    document.querySelectorAll(".sortable th")[column].click();
+    heads[column].click();
     document.body.dataset.probe = JSON.stringify({
       images: document.images.length,
       broken: [...document.images].filter(image => !image.complete || !image.naturalWidth).length,
