@@ -1,6 +1,7 @@
 """Ranks in processes of their own agree on a run, and say a mistake once."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,36 @@ def test_what_the_world_does_not_allow_is_refused_by_all(tmp_path: Path, argv: s
     assert said in errors
     assert errors.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def decide(rank: int, start: int, agent: tuple[str, str], late: int | None = None) -> Any:
+    """What the ranks of one start agree on, over a store that has seen other starts."""
+    import torch
+    from torch import distributed as dist
+
+    from xception_pl.run.launcher import find_launcher
+    from xception_pl.run.ranks import Ranks
+
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = agent
+    if rank == late:
+        time.sleep(1)
+    ranks = Ranks(find_launcher())
+    chosen = ranks.first(lambda: start)
+    ranks.connect("gloo", 60)
+    total = torch.tensor(start)
+    dist.all_reduce(total)
+    return chosen, total.item()
+
+
+def test_a_start_takes_nothing_from_those_before_it(tmp_path: Path) -> None:
+    """torchrun's store outlives the processes that it starts again."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    agent = ("127.0.0.1", str(store.port))
+    for start, late in enumerate([None, 0, 1], start=1):
+        assert on_ranks(2, decide, tmp_path / str(start), start, agent, late) == [(start, 2 * start)] * 2
 
 
 def test_an_error_on_rank_3_alone_is_shown_once_with_the_rank(tmp_path: Path) -> None:

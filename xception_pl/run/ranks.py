@@ -5,6 +5,7 @@ import os
 import pickle
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -136,7 +137,8 @@ class Ranks:
 
     def _meet(self) -> Any:
         if self._store is None:
-            self._store = _open_store(self.launcher)
+            assert self.launcher is not None
+            self._store = _of_this_start(_open_store(self.launcher), self.launcher)
         return self._store
 
 
@@ -147,12 +149,43 @@ def _disconnect() -> None:
         dist.destroy_process_group()
 
 
-def _open_store(launcher: Launcher | None) -> Any:
+def _of_this_start(store: Any, launcher: Launcher) -> Any:
+    """The part of a store that belongs to this start of the ranks alone.
+
+    torchrun 2.15 keeps one store for all its starts: counters and addresses of processes that are gone would be taken for
+    those of living ones. Nothing in the environment tells the starts apart on all nodes. So each process makes itself a
+    name; rank 0 answers to the names it finds, old ones too, until each rank has confirmed this start's.
+    """
+    from torch.distributed import distributed_c10d
+
+    mine = uuid.uuid4().hex
+    end = time.monotonic() + _MEET_SECONDS
+    missing = list(range(1, launcher.ranks)) if launcher.rank == 0 else [0]
+    if launcher.rank:
+        store.set(f"xception_pl/name/{launcher.rank}", mine)
+    while missing and time.monotonic() < end:
+        if launcher.rank == 0:
+            for rank in missing:
+                if store.check([f"xception_pl/name/{rank}"]):
+                    name = store.get(f"xception_pl/name/{rank}").decode()
+                    store.set(f"xception_pl/answer/{name}", mine)
+            missing = [rank for rank in missing if not store.check([f"xception_pl/{mine}/{rank}"])]
+        elif store.check([f"xception_pl/answer/{mine}"]):
+            start = store.get(f"xception_pl/answer/{mine}").decode()
+            store.set(f"xception_pl/{start}/{launcher.rank}", b"")
+            return distributed_c10d.PrefixStore(start, store)
+        if missing:
+            time.sleep(0.05)  # and not in the store: signals are handled in between
+    if missing:
+        raise RecipeError([f"{_named(missing)} did not come within {_MEET_SECONDS} s."])
+    return distributed_c10d.PrefixStore(mine, store)
+
+
+def _open_store(launcher: Launcher) -> Any:
     """The rendezvous store: torchrun's own, or, under srun, one that rank 0 holds on the first node."""
     from torch.distributed import DistError
     from torch.distributed.rendezvous import rendezvous
 
-    assert launcher is not None
     if launcher.name == "srun":
         from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
