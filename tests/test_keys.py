@@ -256,7 +256,7 @@ CHANGES: dict[str, tuple[str, dict[str, str]]] = {
     "model.freeze_statistics": ("true", WEIGHTS),
     "model.channels_last": ("false", {}),
     "model.compile": ("true", {}),
-    "model.kernels": ("fused", {}),
+    "model.kernels": ("torch", {}),
     "optim.name": ("rmsprop", {}),
     "optim.lr": ("0.1", {}),
     "optim.lr_batch": ("16", {}),
@@ -342,7 +342,7 @@ CHANGES: dict[str, tuple[str, dict[str, str]]] = {
     "run.wandb": ("project", {}),
 }
 FAULTS = ("data.cache_dir", "data.cache_gb", "data.retry_seconds", "data.max_corrupt", "data.val_corrupt")
-REFUSED = ("data.decode", "model.kernels")  # a GPU
+REFUSED = ("data.decode",)  # a GPU
 """Keys whose effect here is a refusal: what they ask for needs another machine. Of the others none may be refused."""
 OBSERVERS: dict[str, Callable[..., Any]] = {
     "data.revision": of_hub,
