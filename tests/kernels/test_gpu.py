@@ -72,15 +72,16 @@ def test_gradients_at_71_pixels(options: dict[str, Any], set_tiles: Callable[...
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("amp", [False, True], ids=["float32", "float16"])
-def test_trajectory_is_that_of_the_plain_network(amp: bool, set_tiles: Callable[..., None]) -> None:
-    """Losses and state over three steps of SGD: as near to float64's as the plain network's in the same precision.
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+def test_trajectory_is_that_of_the_plain_network(half: bool, set_tiles: Callable[..., None]) -> None:
+    """Losses and state over steps of SGD: as near to float64's as the plain network's in the same precision.
 
-    The steps are small: large ones let the paths of any two roundings part.
+    In float16 the state is compared after the first step: on maps as small as these, one ReLU whose input the two
+    roundings put on different sides of 0 (seen at 0.006, both being off by 0.007) changes most gradients from then on.
     """
     set_tiles(**LARGE)
     plain = network(middle_blocks=0)
-    batches = [(torch.randn(4, 3, 31, 31, device=DEVICE), torch.randint(0, 5, (4,), device=DEVICE)) for _ in range(3)]
+    batches = [(torch.randn(4, 3, 31, 31, device=DEVICE), torch.randint(0, 5, (4,), device=DEVICE)) for _ in range(2)]
     learned = [name for name, _ in plain.named_parameters()] + [n for n, _ in plain.named_buffers() if "running" in n]
 
     def state(model: nn.Module) -> Tensor:
@@ -88,7 +89,7 @@ def test_trajectory_is_that_of_the_plain_network(amp: bool, set_tiles: Callable[
 
     def train(model: nn.Module, amp: bool) -> tuple[Tensor, Tensor]:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9)
-        losses = []
+        losses, states = [], []
         for x, label in batches:
             with torch.autocast(DEVICE, dtype=torch.float16, enabled=amp):
                 logits = model(x.to(next(model.parameters()).dtype))
@@ -97,15 +98,16 @@ def test_trajectory_is_that_of_the_plain_network(amp: bool, set_tiles: Callable[
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        return torch.stack(losses), state(model) - state(plain)
+            states.append(state(model) - state(plain))
+        return torch.stack(losses), states[0 if half else -1]
 
     exact_losses, exact = train(copy.deepcopy(plain).double(), False)
-    plain_losses, plain_moved = train(copy.deepcopy(plain), amp)
-    losses, moved = train(fused(plain), amp)
-    floor = 1e-3 if amp else 1e-5
+    plain_losses, plain_moved = train(copy.deepcopy(plain), half)
+    losses, moved = train(fused(plain), half)
+    floor = 1e-3 if half else 1e-5
     assert error(losses, exact_losses) < 3 * error(plain_losses, exact_losses) + floor
     assert error(moved, exact) < 3 * error(plain_moved, exact) + floor
-    assert error(plain_moved, exact) < (0.1 if amp else 1e-4)  # or the comparison would show nothing
+    assert error(plain_moved, exact) < (0.1 if half else 1e-4)  # or the comparison would show nothing
 
 
 def test_what_is_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
