@@ -13,6 +13,13 @@ if not torch.cuda.is_available():
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(autouse=True)
+def own_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of one test in this process must not choose the folder for the processes that a later test starts."""
+    monkeypatch.setenv("XCEPTION_PL_OUTPUT", "")  # so that what a run sets is undone
+    monkeypatch.delenv("XCEPTION_PL_OUTPUT")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from xception_pl.durable import write_text
 from xception_pl.recipe import Recipe, RecipeError
+from xception_pl.run.launcher import find_launcher
 
 if TYPE_CHECKING:
     from xception_pl.run.resume import Resumed
@@ -29,7 +30,7 @@ def choose_output(recipe: Recipe, resume: str | None, into: str | None) -> tuple
     Raises:
         RecipeError: what `--resume` or `--into` names cannot be used.
     """
-    if "LOCAL_RANK" in os.environ and _CHOSEN in os.environ:
+    if find_launcher() is None and "LOCAL_RANK" in os.environ and _CHOSEN in os.environ:
         folder, checkpoint = json.loads(os.environ[_CHOSEN])
         return Path(folder), Path(checkpoint) if checkpoint else None
     given = None if into is None else given_folder(into, resume)
