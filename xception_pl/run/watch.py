@@ -137,7 +137,7 @@ class Watch:
             # While this process was suspended, with its terminal or its job, so were the others.
             self._judge(min(now - before, 2 * _BEAT_SECONDS))
             before = now
-            self._tell({"progress": self._progress, "where": self._where, "name": self._name})
+            self._tell_where()
         self._tell({"done": True})
         for peer in self._peers.values():
             peer.connection.close()
@@ -150,6 +150,7 @@ class Watch:
         connection.settimeout(self.silence_seconds)
         hello = json.loads(connection.makefile().readline())
         self._add(hello["rank"], hello["name"], connection)
+        self._tell_where()  # now, not at the next beat: should this process die before, its name is known
 
     def _add(self, rank: int, name: str, connection: socket.socket) -> None:
         if self.rank:
@@ -187,6 +188,9 @@ class Watch:
                 self._end(f"error: {peer.name}: {said['failure']}", FAILED)
             elif "end" in said:
                 self._exit("", said["code"])
+
+    def _tell_where(self) -> None:
+        self._tell({"progress": self._progress, "where": self._where, "name": self._name})
 
     def _tell(self, said: dict[str, object]) -> None:
         for peer in self._peers.values():
