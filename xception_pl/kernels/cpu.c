@@ -12,9 +12,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
@@ -111,17 +108,6 @@ struct right {
 
 static int depth(const struct left *l) { return l->kind == PATCHES ? 9 * l->channels : l->channels; }
 static int pixels(const struct left *l) { return l->batch * l->out_height * l->out_width; }
-
-/* Ask for large pages where a map will lie: the system then clears and enters few of them instead of many. */
-void large_pages(float *at, long floats) {
-#ifdef MADV_HUGEPAGE
-  const uintptr_t page = 1 << 21;
-  uintptr_t from = ((uintptr_t)at + page - 1) & ~(page - 1), to = (uintptr_t)(at + floats) & ~(page - 1);
-  if (from < to) (void)madvise((void *)from, to - from, MADV_HUGEPAGE);
-#else
-  (void)at, (void)floats;
-#endif
-}
 
 /* Floats in a vector of the processor that this was compiled for; 0 where it has none of eight. */
 int vectors(void) {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xception_pl.compiled import Unavailable, compiled
+from xception_pl.kernels.memory import floats
 from xception_pl.nets.convs import SeparableConv2d
 from xception_pl.nets.xception import Block, Xception
 
@@ -138,10 +139,8 @@ def folded(norm: nn.Module, floor: float = NO_FLOOR) -> Affine:
 
 
 def empty_map(batch: int, channels: int, height: int, width: int) -> Tensor:
-    out = torch.empty((batch, channels, height, width), memory_format=torch.channels_last)
-    if out.numel() > 1 << 20:
-        call("large_pages", out, ctypes.c_long(out.numel()))
-    return out
+    """A map of any values, channels last."""
+    return floats(batch * height * width * channels).view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 # Weights
@@ -246,9 +245,9 @@ def _product(
 def weight_gradient(left: Left, behind: Left) -> Tensor:
     """Gradient (N, depth) of a product's right-hand side, transposed; `behind` is the :func:`gradient` of its result."""
     depth, count = left.channels * (9 if left.kind == PATCHES else 1), left.batch * left.out_height * left.out_width
-    floats = call("weight_gradient_floats", behind.channels, depth, count)
+    parts = call("weight_gradient_floats", behind.channels, depth, count)
     out, threads = torch.empty(behind.channels, depth), torch.get_num_threads()
-    if call("weight_gradient", ctypes.byref(left), ctypes.byref(behind), torch.empty(floats), out, threads):
+    if call("weight_gradient", ctypes.byref(left), ctypes.byref(behind), floats(parts), out, threads):
         raise MemoryError("cpu.c found no memory for a tile")
     return out
 
