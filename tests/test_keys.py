@@ -141,7 +141,7 @@ def of_faults(recipe: Recipe, folder: Path) -> Any:
     except DataError as error:
         valid = str(error)
     allowed = data.train_dataloader()._on_corrupt._allowed
-    return cache.folder, cache.limit_bytes, cache._read.keywords, allowed, valid
+    return cache.folder, cache.limit_bytes, cache.retry_seconds, allowed, valid
 
 
 def of_trainer(recipe: Recipe, folder: Path) -> Any:

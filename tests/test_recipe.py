@@ -67,7 +67,15 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
         ("data: {image_size: 70}", "data.image_size"),
         (
             "data: {retry_seconds: 900}",
-            "data.retry_seconds 900 must be less than trainer.timeout_seconds 600: the other devices would give up",
+            "data.retry_seconds 900 must be at least 60 s below trainer.timeout_seconds 600 and run.stall_seconds 540: a device",
+        ),
+        (
+            "data: {retry_seconds: 500}",
+            "data.retry_seconds 500 must be at least 60 s below run.stall_seconds 540: a device that still tries to read",
+        ),
+        (
+            "run: {stall_seconds: 300}",
+            "data.retry_seconds 300 must be at least 60 s below run.stall_seconds 300: a device that still tries to read",
         ),
         (
             "data: {global_batch: 64}\ntrainer: {devices: 1, accumulate_grad_batches: 2, max_device_batch: 16}",

@@ -163,12 +163,27 @@ def check(recipe: Recipe, skip: Collection[str] = ()) -> list[str]:
         )
     if not problems and not skip and recipe.trainer.devices != "auto":
         problems += check_batch(recipe, recipe.trainer.devices)
-    if recipe.data.retry_seconds >= recipe.trainer.timeout_seconds and not {"data", "trainer"} & set(skip):
-        problems.append(
-            f"data.retry_seconds {recipe.data.retry_seconds:g} must be less than trainer.timeout_seconds "
-            f"{recipe.trainer.timeout_seconds}: the other devices would give up a device that still tries to read."
-        )
-    return problems
+    return problems + _check_bounds(recipe, skip)
+
+
+def _check_bounds(recipe: Recipe, skip: Collection[str]) -> list[str]:
+    """Whether a source that is away for less than `data.retry_seconds` is waited for by all who wait."""
+    tries, last = recipe.data.retry_seconds, data_config.LAST_TRIES_SECONDS
+    waits = {
+        "trainer.timeout_seconds": recipe.trainer.timeout_seconds,
+        "run.stall_seconds": recipe.run.stall_seconds,
+    }
+    short = [
+        f"{key} {bound:g}"
+        for key, bound in waits.items()
+        if tries + last > bound and not {"data", key.partition(".")[0]} & set(skip)
+    ]
+    if not short:
+        return []
+    return [
+        f"data.retry_seconds {tries:g} must be at least {last:g} s below {' and '.join(short)}: a device that still tries "
+        "to read would be given up."
+    ]
 
 
 def check_batch(recipe: Recipe, devices: int, nodes: int | None = None) -> list[str]:

@@ -40,7 +40,7 @@ def files(folder: Path, kind: str = "arrow") -> list[Path]:
     return list(folder.glob(f"*/*.{kind}"))
 
 
-def logged(log: Path, split: ParquetSplit, group: int) -> pa.Table:
+def logged(log: Path, split: ParquetSplit, group: int, retry_seconds: float) -> pa.Table:
     """Reads a row group slowly and leaves a line for each read."""
     with log.open("a") as file:
         file.write(f"{group}\n")
@@ -81,7 +81,9 @@ def test_the_folder_stays_below_its_limit_and_the_longest_unused_go_first(tmp_pa
 def test_many_readers_of_a_small_folder_all_get_their_rows(
     tmp_path: Path, split: ParquetSplit, room: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def wide(split: ParquetSplit, group: int) -> pa.Table:  # writing it takes long enough for others to come between
+    def wide(
+        split: ParquetSplit, group: int, retry_seconds: float
+    ) -> pa.Table:  # writing it takes long enough for others to come between
         return pa.table({"image": pa.array([bytes([group]) * 2**20]), "label": pa.array([group])})
 
     small = GroupCache(tmp_path / "cache", int(room * 2**20), split, wide)
@@ -109,7 +111,7 @@ def test_processes_share_one_download(tmp_path: Path, split: ParquetSplit) -> No
     assert sorted(map(int, log.read_text().split())) == list(range(GROUPS))
 
 
-def stuck(started: Any, split: ParquetSplit, group: int) -> pa.Table:
+def stuck(started: Any, split: ParquetSplit, group: int, retry_seconds: float) -> pa.Table:
     started.set()
     time.sleep(60)
     raise AssertionError("killed before")
@@ -126,6 +128,27 @@ def test_a_reader_killed_while_it_fetches_blocks_nobody(tmp_path: Path, split: P
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()
     all_rows(GroupCache(tmp_path / "cache", 10**9, split, read_group), split)
+
+
+def test_who_waited_for_another_that_tried_tries_for_the_rest_of_the_time(tmp_path: Path, split: ParquetSplit) -> None:
+    """Else a node's readers would try one after the other, for as long each, and outlast the watch over the ranks."""
+    tries: list[float] = []
+
+    def away(split: ParquetSplit, group: int, retry_seconds: float) -> pa.Table:
+        tries.append(retry_seconds)
+        raise DataError("away")
+
+    cache = GroupCache(tmp_path / "cache", 10**9, split, away, retry_seconds=0.01)
+    with ThreadPoolExecutor(1) as pool:
+        with cache_module._locked(cache._path(3).with_suffix(".lock")):
+            waits = pool.submit(cache.table, 3)
+            time.sleep(1)
+        assert str(waits.exception(20)) == "away"
+    assert tries == [0.0]  # once
+    cache.retry_seconds = 100.0
+    with pytest.raises(DataError, match="away"):
+        cache.table(3)
+    assert 90 < tries[1] <= 100
 
 
 def test_what_dead_processes_left_is_cleared_and_torn_files_are_made_again(tmp_path: Path, split: ParquetSplit) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from xception_pl.data.errors import DataError
+from xception_pl.data.fetch import RETRY_SECONDS
 from xception_pl.data.source import ParquetSplit
 
 _STALE_SECONDS = 600  # files written aside that are older belong to a process that died
@@ -35,16 +36,23 @@ class GroupCache:
         folder: shared by all splits and jobs; made when missing.
         limit_bytes: of everything in the folder.
         split: whose row groups these are.
-        read: brings a row group from the source.
+        read: brings a row group from the source, trying for so many seconds.
+        retry_seconds: for which a row group is tried, the time included in which another process tried.
 
     Raises:
         DataError: the folder cannot be written to.
     """
 
     def __init__(
-        self, folder: Path, limit_bytes: int, split: ParquetSplit, read: Callable[[ParquetSplit, int], pa.Table]
+        self,
+        folder: Path,
+        limit_bytes: int,
+        split: ParquetSplit,
+        read: Callable[[ParquetSplit, int, float], pa.Table],
+        retry_seconds: float = RETRY_SECONDS,
     ) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
+        self.retry_seconds = retry_seconds
         self._split, self._read = split, read
         self._groups = folder / _fingerprint(split)
         make_folder(self._groups)
@@ -58,7 +66,7 @@ class GroupCache:
         table = self.fill(group)
         if table is None:  # another process brought it meanwhile
             table = self._mapped(group)
-        return table if table is not None else self._read(self._split, group)
+        return table if table is not None else self._read(self._split, group, self.retry_seconds)
 
     def fill(self, group: int) -> pa.Table | None:
         """Fetch a row group unless it is there; while one process fetches it, the others wait.
@@ -69,10 +77,14 @@ class GroupCache:
         if path.exists():
             return None
         lock = path.with_suffix(".lock")
+        began = time.monotonic()
         with _locked(lock):
             if path.exists():
                 return None
-            table = self._read(self._split, group)
+            # Who had the lock may have tried in vain: processes that each tried for as long, one after the other, would
+            # outlast every bound.
+            waited = time.monotonic() - began
+            table = self._read(self._split, group, max(0.0, self.retry_seconds - waited))
             if self._write(table, path):
                 # no longer needed: who waits for it will find the file
                 lock.unlink(missing_ok=True)

@@ -10,6 +10,10 @@ SAMPLE = "sample"
 OUTFITS = "sample-outfits"
 FREQUENCY = "frequency"
 SMALLEST_IMAGE = 71  # pixels: below, the network's last feature map is empty
+SILENCE_SECONDS = 30.0
+"""A connection without a byte for so long is given up and made anew."""
+LAST_TRIES_SECONDS = 2 * SILENCE_SECONDS
+"""By which a read may outlast `retry_seconds`: its last try, after that of the process it waited for."""
 
 
 @dataclass(kw_only=True)
@@ -49,7 +53,8 @@ class DataConfig:
     cache_gb: float = 32.0
     """Most gigabytes (10⁹ bytes) in the cache folder; with room for the data, later epochs do not touch the network."""
     retry_seconds: float = 300.0
-    """Seconds for which a failing read is tried again before the run stops; stay below the process group's timeout."""
+    """Seconds for which a failing read is tried again before the run stops; a minute below trainer.timeout_seconds and
+    run.stall_seconds."""
     max_corrupt: float = 0.001
     """Largest share of training images that may be undecodable: each is replaced and listed; more end the run."""
     val_corrupt: Literal["fail", "skip"] = "fail"

@@ -20,12 +20,11 @@ from urllib.parse import unquote
 
 import fsspec
 
+from xception_pl.data.config import SILENCE_SECONDS
 from xception_pl.data.errors import DataError, SourceUnreachable
 
 RETRY_SECONDS = 300.0
 """How long a read is tried: below the process groups' timeouts (10 minutes for NCCL)."""
-SILENCE_SECONDS = 30.0
-"""A connection without a byte for so long is given up and made anew."""
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
 _NAMES_A_REQUEST = 500

@@ -115,8 +115,7 @@ def open_cache(split: Split, folder: str | None, gigabytes: float, retry_seconds
     """The cache of a split that needs one: remote Parquet, and local Parquet too large to hold in memory."""
     if not isinstance(split, ParquetSplit) or not (split.remote or split.bytes > MEMORY_BYTES):
         return None
-    read = functools.partial(read_group, retry_seconds=retry_seconds)
-    return GroupCache(cache_folder(folder), int(gigabytes * 1e9), split, read)
+    return GroupCache(cache_folder(folder), int(gigabytes * 1e9), split, read_group, retry_seconds)
 
 
 def read_group(split: ParquetSplit, group: int, retry_seconds: float = RETRY_SECONDS) -> pa.Table:

@@ -78,7 +78,8 @@ class RunConfig:
     rank_timeout_seconds: float = 60.0
     """Seconds without a sign of life after which a rank counts as lost and ends the others; one that is killed does so at once."""
     stall_seconds: float = 540.0
-    """Seconds without a step of any rank after which the run ends; above data.retry_seconds and the time to compile."""
+    """Seconds without a step of any rank after which the run ends; a minute above data.retry_seconds, and above the time
+    to compile."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     wandb: str | None = None
