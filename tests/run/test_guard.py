@@ -9,10 +9,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from tests.processes import on_ranks, printed
 from xception_pl.commands import Arguments
 from xception_pl.module import XceptionModule
 from xception_pl.recipe import load_recipe
+from xception_pl.run.guard import StepGuard
 from xception_pl.run.interrupt import SignalFlag
+from xception_pl.run.launcher import find_launcher
+from xception_pl.run.ranks import Ranks
 from xception_pl.run.trace import same_state
 from xception_pl.training import prepare, train
 
@@ -40,12 +44,12 @@ class Poison(Callback):
             self.rows += batch["id"].tolist()
 
 
-def run(folder: Path, poison: Poison, *more: Callback, **overrides: str) -> int:
+def run(folder: Path, poison: Poison, *more: Callback, ranks: Ranks | None = None, **overrides: str) -> int:
     recipe = folder / "tiny.yaml"
     recipe.write_text(TINY)
     changes = {name.replace("__", "."): value for name, value in overrides.items()}
-    prepared = prepare(load_recipe(recipe, changes), resume="auto", into=str(folder / "run"))
-    return train(prepared, SignalFlag(), command=Arguments(str(recipe)), callbacks=[poison, *more])
+    prepared = prepare(load_recipe(recipe, changes), resume="auto", into=str(folder / "run"), ranks=ranks)
+    return train(prepared, SignalFlag(), command=Arguments(str(recipe)), ranks=ranks, callbacks=[poison, *more])
 
 
 def test_the_run_stops_at_the_step_and_names_images_and_checkpoint(
@@ -116,3 +120,48 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path, capsys: pytes
     assert "After step 4 the loss is finite and the weights are not" in capsys.readouterr().err
     saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
+def run_as_rank(rank: int, steps: tuple[int, ...], skip: int) -> dict[str, Any]:
+    """Only rank 1's images are poisoned; what this rank saw of it."""
+
+    class Count(Callback):
+        skipped = 0
+
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.skipped = next(found.skipped for found in trainer.callbacks if isinstance(found, StepGuard))  # type: ignore[attr-defined]
+
+    poison, count, folder = Poison(*(steps if rank == 1 else ())), Count(), Path(f"rank {rank}")
+    folder.mkdir()  # each writes its recipe there; the run is rank 0's
+    changes = {"trainer__accelerator": "cpu", "trainer__skip_nonfinite_steps": str(skip)}
+    code = run(folder, poison, count, ranks=Ranks(find_launcher()), **changes)
+    return {"code": code, "rows": poison.rows, "states": poison.states, "skipped": count.skipped}
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_at_its_step(tmp_path: Path) -> None:
+    ranks = on_ranks(2, run_as_rank, tmp_path, (4,), 0)
+    assert [rank["code"] for rank in ranks] == [1, 1], printed(tmp_path, "err")
+    assert [len(rank["states"]) for rank in ranks] == [4, 4]  # neither began a fifth step
+    rows = ", ".join(map(str, ranks[1]["rows"]))
+    assert len(ranks[1]["rows"]) == 4  # rank 1's half of the batch
+    assert printed(tmp_path, "err") == (
+        f"error: The loss of step 4 on rank 1 is not finite; its images are the training rows {rows}. "
+        "The last good checkpoint is rank 0/run/checkpoints/last.ckpt.\n"
+    )
+    saved = torch.load(tmp_path / "rank 0/run/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
+    for rank in ranks:
+        assert same_state(saved["state_dict"], rank["states"][3]) == []  # no rank's weights were touched
+
+
+def test_a_step_left_out_for_one_rank_is_left_out_and_counted_on_all(tmp_path: Path) -> None:
+    ranks = on_ranks(2, run_as_rank, tmp_path, (2, 5), 2)
+    assert [rank["code"] for rank in ranks] == [0, 0], printed(tmp_path, "err")
+    assert [rank["skipped"] for rank in ranks] == [2, 2]
+    for rank in ranks:
+        changed = [bool(same_state(*pair)) for pair in zip(rank["states"], rank["states"][1:], strict=False)]
+        assert changed == [True, False, True, True, False]
+    assert same_state(ranks[0]["states"], ranks[1]["states"]) == []  # one network on both
+    with open(tmp_path / "rank 0/run/metrics.csv", newline="") as file:
+        counts = [(row["step"], row["skipped_steps"]) for row in csv.DictReader(file) if row["skipped_steps"]]
+    assert counts == [("3", "1"), ("6", "2")]
