@@ -17,6 +17,7 @@ from xception_pl.metrics import MeanAveragePrecisionAtK
 from xception_pl.nets.config import ModelConfig
 from xception_pl.nets.create import create_network
 from xception_pl.nets.freezing import freeze
+from xception_pl.nets.probabilities import probabilities
 from xception_pl.nets.step_statistics import StepStatistics
 from xception_pl.optim.averaging import PolyakAverage
 from xception_pl.optim.config import OptimConfig
@@ -144,13 +145,9 @@ class XceptionModule(LightningModule):
         self.eval()
         scaled = images.to(self.device)
         scaled = scaled.float() / 127.5 - 1 if images.dtype == torch.uint8 else scaled
-        probabilities = self._probabilities(self(scaled))
+        found = probabilities(self(scaled), self.optim_config.loss)
         self.train(training)
-        return probabilities
-
-    def _probabilities(self, logits: Tensor) -> Tensor:
-        logits = logits.float()
-        return logits.sigmoid() if self.optim_config.loss == "sigmoid" else logits.softmax(dim=1)
+        return found
 
     def _layout(self, images: Tensor) -> Tensor:
         images = images.to(self.dtype)  # float64 where the precision is 64-true
@@ -180,7 +177,8 @@ class XceptionModule(LightningModule):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Row ids and probabilities of the batch's valid rows."""
         valid = batch.get("valid", torch.ones_like(batch["id"], dtype=torch.bool))
-        return {"id": batch["id"][valid], "probabilities": self._probabilities(self(batch["image"]))[valid]}
+        found = probabilities(self(batch["image"]), self.optim_config.loss)
+        return {"id": batch["id"][valid], "probabilities": found[valid]}
 
     def on_fit_start(self) -> None:
         if self.model_config.compile:

@@ -24,11 +24,13 @@ IMAGES, BATCH, CORRUPT = 45, 8, 11
 MODEL = {"num_classes": 10, "width": 0.125, "middle_blocks": 0}
 
 
-def write_weights(path: Path, seed: int, names: list[str] | None = None, **preprocessing: Any) -> Path:
+def write_weights(
+    path: Path, seed: int, names: list[str] | None = None, *, loss: str = "cross_entropy", **preprocessing: Any
+) -> Path:
     torch.manual_seed(seed)
     module = XceptionModule(
         MODEL | {"num_classes": len(names) if names else 10},
-        {"ema_decay": 0},
+        {"ema_decay": 0, "loss": loss},
         class_names=names,
         preprocessing={"image_size": 71, "eval_crop": "resize"} | preprocessing,
     )
@@ -160,6 +162,38 @@ def test_classes_are_matched_by_name(folder: Path, capsys: pytest.CaptureFixture
     assert (other["top1"], other["top5"]) == (one["top1"], one["top5"])
     assert other["loss"] == pytest.approx(one["loss"], rel=1e-6)
     assert "matched to the network's classes by name" in other["note"]
+
+
+def test_networks_trained_with_sigmoid_have_its_probabilities_and_loss(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_weights(tmp_path / "a.safetensors", 0, loss="sigmoid")
+    softmax = found(capsys, *command(folder))["networks"][0]
+    sigmoid = found(capsys, str(tmp_path / "a.safetensors"), *command(folder)[1:])["networks"][0]
+    network = load_network(folder / "a.safetensors")
+    table = pq.read_table(folder / "data" / "test.parquet").to_pylist()
+    rows = [row for i, row in enumerate(table) if i != CORRUPT]
+    with torch.no_grad():
+        config = DataConfig(image_size=71, eval_crop="resize")
+        pixels = [torch.from_numpy(eval_image(row["image"]["bytes"], config)).permute(2, 0, 1) for row in rows]
+        logits = network(torch.stack(pixels) / 127.5 - 1).double()
+    hot = F.one_hot(torch.tensor([row["label"] for row in rows]), 10).double()
+    loss = F.binary_cross_entropy_with_logits(logits, hot, reduction="none").sum(1).mean()
+    assert (sigmoid["top1"], sigmoid["top5"]) == (softmax["top1"], softmax["top5"])
+    assert sigmoid["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    confidence = sum(bin["images"] * bin["confidence"] for bin in sigmoid["reliability"] if bin["images"]) / len(rows)
+    assert confidence == pytest.approx(logits.amax(1).sigmoid().mean().item(), rel=1e-5)
+    assert sigmoid["note"].startswith("trained with sigmoid")
+    assert softmax["note"] is None
+
+
+def test_label_lists_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_weights(tmp_path / "a.safetensors", 0, loss="sigmoid")
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path / "a.safetensors"), "--data", "sample-outfits", "--split", "test"])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has label lists, and evaluate measures one label an image" in line
 
 
 def test_what_is_written_and_printed(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

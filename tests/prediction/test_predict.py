@@ -16,7 +16,12 @@ from PIL import Image
 
 from tests.evaluation.test_evaluate import write_weights
 from xception_pl import load_network
+from xception_pl.data.config import DataConfig
+from xception_pl.data.decode import eval_image
+from xception_pl.export import main as export
+from xception_pl.module import XceptionModule
 from xception_pl.predict import main
+from xception_pl.weights.safetensors import save_weights
 
 NAMES = ["cat", "dog", "eel, electric"]
 GOOD = ["a.jpg", "b.JPEG", "c.png", "sub/g.png"]
@@ -83,6 +88,40 @@ def test_formats_say_the_same(weights: str, folder: Path, capsys: pytest.Capture
         assert len(row["features"]) == network.num_features
         logits = network.fc(torch.tensor(row["features"]))
         assert logits.softmax(0).max().item() == pytest.approx(row["probability_1"], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "safetensors", "hub folder"])
+def test_label_lists_have_a_probability_of_their_own_for_each_class(
+    kind: str, folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    module = XceptionModule(
+        {"num_classes": 3, "width": 0.125, "middle_blocks": 0},
+        {"ema_decay": 0, "loss": "sigmoid"},
+        class_names=NAMES,
+        preprocessing={"image_size": 71, "eval_crop": "resize"},
+    )
+    torch.nn.init.normal_(module.network.fc.weight, 0, 0.1)  # type: ignore[union-attr, arg-type]
+    torch.nn.init.constant_(module.network.fc.bias, 2.0)  # type: ignore[union-attr, arg-type]
+    weights = tmp_path / "weights"
+    if kind == "checkpoint":
+        torch.save({"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}, weights)
+    else:
+        save_weights(module, weights)
+    if kind == "hub folder":
+        assert export([str(weights), "--to", "hub-folder", "--output", str(tmp_path / "hub")]) == 0
+        weights = tmp_path / "hub"
+    code, out, _ = run(capsys, str(weights), str(folder / "a.jpg"), str(folder / "c.png"), "--format", "jsonl")
+    assert code == 0
+    network = load_network(weights)
+    assert network.loss == "sigmoid"
+    for line in of_json(out):
+        pixels = eval_image(Path(line["image"]).read_bytes(), DataConfig(image_size=71, eval_crop="resize"))
+        expected = module.predict(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
+        assert expected.sum() > 1.5  # softmax' would be 1
+        found = {item["class"]: item["probability"] for item in line["predictions"]}
+        assert [found[i] for i in range(3)] == pytest.approx(expected.tolist(), abs=1e-5)
+        assert [item["probability"] for item in line["predictions"]] == sorted(found.values(), reverse=True)
+        assert network.predict(line["image"])[0] == pytest.approx(expected, abs=1e-5)  # type: ignore[operator]
 
 
 def test_a_list_on_standard_input(

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 def weights(small: Xception, tmp_path: Path) -> Path:
     """A file of weights as a run leaves it, with the run's numbers."""
     small.class_names, small.preprocessing = NAMES, Preprocessing(image_size=75, eval_crop="resize")
+    small.loss = "sigmoid"
     run = tmp_path / "run"
     write_hub_folder(small, run / "checkpoints")
     (run / "checkpoints" / "model.safetensors").rename(run / "checkpoints" / "averaged.safetensors")
@@ -59,6 +60,7 @@ def test_onnx_takes_any_batch_and_size(weights: Path, small: Xception, capsys: p
     kept = {item.key: json.loads(item.value) for item in model.metadata_props}
     assert kept["class_names"] == NAMES
     assert kept["preprocessing"] == {"image_size": 75, "eval_crop": "resize"}
+    assert kept["loss"] == "sigmoid"
     assert sorted(item.name for item in weights.parent.iterdir()) == [
         "README.md", "averaged.onnx", "averaged.safetensors", "config.json",
     ]  # fmt: skip
@@ -71,7 +73,9 @@ def test_programs_of_other_networks(options: dict[str, Any], tmp_path: Path) -> 
     assert isinstance(network, Xception)
     network.preprocessing = Preprocessing(image_size=75)
     export(network, "torch-export", tmp_path / "a.pt2")
-    program = torch.export.load(tmp_path / "a.pt2").module()
+    beside = {"xception_pl.json": ""}
+    program = torch.export.load(tmp_path / "a.pt2", extra_files=beside).module()
+    assert json.loads(beside["xception_pl.json"])["preprocessing"]["image_size"] == 75
     for batch, height, width in ((1, 71, 72), (4, 76, 99)):
         images = smooth_images(112)[:1, :, :height, :width].repeat(batch, 1, 1, 1)
         assert relative_error(program(images), outputs(network, images)) < 1e-5
@@ -163,7 +167,13 @@ def full(numerics: Any, size: int) -> Xception:
     network = randomise(Xception(11, numerics=numerics))
     assert isinstance(network, Xception)
     network.preprocessing = Preprocessing(image_size=size)
+    network.class_names, network.loss = list("abcdefghijk"), "sigmoid"
     return network
+
+
+def assert_same_use(network: Xception, other: Xception) -> None:
+    for name in ("preprocessing", "class_names", "loss"):
+        assert getattr(network, name) == getattr(other, name)
 
 
 @pytest.mark.slow
@@ -175,6 +185,7 @@ def test_timm_computes_what_it_is_given(size: int, tmp_path: Path) -> None:
     images = smooth_images(size)
     assert relative_error(outputs(theirs, images), outputs(network, images)) < 1e-4
     again = load_network(tmp_path / "a.safetensors")
+    assert_same_use(again, network)
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in network.state_dict().items())
     with pytest.raises(ValueError, match="computes with numerics torch, these weights need keras"):
         export(full("keras", size), "timm", tmp_path / "b")
@@ -199,6 +210,7 @@ def test_keras_computes_what_it_is_given(name: str, size: int, tmp_path: Path) -
     found = torch.from_numpy(np.array(keras.ops.convert_to_numpy(logits)))
     assert relative_error(found, outputs(network, images)) < 1e-4
     again = load_network(tmp_path / name)
+    assert_same_use(again, network)
     assert all(
         torch.equal(again.state_dict()[key], tensor)
         for key, tensor in network.state_dict().items()

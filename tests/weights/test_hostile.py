@@ -21,8 +21,6 @@ from safetensors.torch import save, save_file
 
 from tests.weights.conftest import SMALL
 from xception_pl import Xception, load_network
-from xception_pl.nets.config import ModelConfig
-from xception_pl.nets.preprocessing import Preprocessing
 from xception_pl.weights.described import describe
 from xception_pl.weights.stored import WeightsError
 
@@ -173,7 +171,7 @@ def test_an_archive_whose_members_overlap(tmp_path: Path) -> None:
 
 def described(**changes: Any) -> dict[str, str]:
     """The metadata of a small network, and what an enemy made of it."""
-    plain = describe(ModelConfig(num_classes=5, **SMALL), Preprocessing(), None)
+    plain = describe(Xception(5, **SMALL))
     for name, value in changes.items():
         section, _, key = name.partition("__")
         if key:
@@ -198,6 +196,8 @@ def described(**changes: Any) -> dict[str, str]:
         (described(model__numerics="other"), "model.numerics cannot be 'other'"),
         (described(model__invented=1), "has the model key invented, which this version does not know"),
         (described(model=[1]), "what it says of its model is no mapping"),
+        (described(loss="hinge"), "was trained with the loss 'hinge', which this version does not know"),
+        (described(loss=["sigmoid"]), "was trained with the loss"),
         (described(preprocessing__image_size=-1), "images of -1 pixels"),
         (described(preprocessing__eval_crop="rm"), "preprocessing.eval_crop cannot be 'rm'"),
         (described(class_names=["a"]), "it names 1 classes and has 5 outputs"),
@@ -205,7 +205,7 @@ def described(**changes: Any) -> dict[str, str]:
         (described() | {"model": "{"}, "its metadata model is no JSON"),
         (described() | {"model": "[" * 100_000}, "its metadata model is no JSON"),
     ],
-    ids=range(18),
+    ids=range(20),
 )  # fmt: skip
 def test_descriptions_that_lie(tmp_path: Path, state: dict[str, Any], metadata: dict[str, str], sentence: str) -> None:
     save_file(state, tmp_path / "a", metadata=metadata)
@@ -322,6 +322,37 @@ def test_keras_archives(tmp_path: Path) -> None:
     assert "would unpack to 268435456 bytes" in refusal(tmp_path / "a")
     keras_archive(tmp_path / "a", zipfile.ZIP_STORED, b"no HDF5")
     assert "damaged or no HDF5 file" in refusal(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (b"{", "its xception_pl.json is no JSON"),
+        (b"[" * 200_000, "its xception_pl.json is no JSON"),
+        (b"[]", "its xception_pl.json is no description"),
+        (b'{"model": {"width": 1e12}}', "its xception_pl.json is no description"),
+        (b'{"loss": "hinge"}', "was trained with the loss 'hinge'"),
+        (b'{"class_names": [1]}', "its class names are no list of texts"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["h5", "keras"])
+def test_descriptions_in_keras_files(tmp_path: Path, kind: str, text: bytes, sentence: str) -> None:
+    if kind == "h5":
+        old_h5(tmp_path / "a")
+        with h5py.File(tmp_path / "a", "a") as file:
+            file["xception_pl.json"] = np.frombuffer(text, np.uint8)
+    else:
+        keras_archive(tmp_path / "a", zipfile.ZIP_STORED)
+        with zipfile.ZipFile(tmp_path / "a", "a") as archive:
+            archive.writestr("xception_pl.json", text)
+    assert sentence in refusal(tmp_path / "a")
+
+
+def test_descriptions_that_unpack_to_more_than_they_may(tmp_path: Path) -> None:
+    keras_archive(tmp_path / "a", zipfile.ZIP_STORED)
+    with zipfile.ZipFile(tmp_path / "a", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("xception_pl.json", bytes(2**28))
+    assert "xception_pl.json in it would unpack to 268435456 bytes" in refusal(tmp_path / "a")
 
 
 @pytest.mark.parametrize(

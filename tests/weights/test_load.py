@@ -90,6 +90,16 @@ def test_safetensors_keep_the_network(tmp_path: Path, model: dict[str, Any]) -> 
     assert relative_error(outputs(network, images), outputs(made.evaluated, images)) < 1e-5  # the layout rounds
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "sigmoid"])
+def test_the_loss_travels_with_the_weights(tmp_path: Path, loss: str) -> None:
+    made = XceptionModule(ModelConfig(num_classes=5, **SMALL), {"ema_decay": 0, "loss": loss})
+    save_weights(made, tmp_path / "a")
+    for path in (tmp_path / "a", checkpoint(made, tmp_path / "b")):
+        assert load_network(path).loss == loss
+    with pytest.warns(UserWarning, match="new one of 7"):
+        assert load_network(tmp_path / "a", num_classes=7).loss == "cross_entropy"
+
+
 def test_another_network_of_table_1(tmp_path: Path) -> None:
     made = XceptionModule(ModelConfig(name="resnet10t", num_classes=5), {"ema_decay": 0.9})
     save_weights(made, tmp_path / "a")
@@ -178,7 +188,7 @@ def test_another_number_of_classes_replaces_the_head_and_says_so(tmp_path: Path)
 
 
 def test_loading_executes_no_training_state(tmp_path: Path, small: Xception) -> None:
-    described = describe(ModelConfig(num_classes=5, **SMALL), Preprocessing(), None)
+    described = describe(small)
     write_safetensors(tmp_path / "a", small.state_dict(), described)
     network = load_network(str(tmp_path / "a"))
     assert all(parameter.requires_grad for parameter in network.parameters())

@@ -9,8 +9,6 @@ import torch
 
 from tests.weights.conftest import SMALL
 from xception_pl import Xception, load_network
-from xception_pl.nets.config import ModelConfig
-from xception_pl.nets.preprocessing import Preprocessing
 from xception_pl.weights.described import describe
 from xception_pl.weights.mismatch import likely_cause, mismatch_table
 from xception_pl.weights.safetensors import write_safetensors
@@ -40,7 +38,7 @@ def test_a_long_table_is_cut() -> None:
 
 
 def save(path: Path, state: dict[str, Any], **options: Any) -> Path:
-    write_safetensors(path, state, describe(ModelConfig(num_classes=5, **SMALL | options), Preprocessing(), None))
+    write_safetensors(path, state, describe(Xception(5, **SMALL | options)))
     return path
 
 

@@ -20,6 +20,7 @@ from xception_pl.data.loader import PlannedLoader
 from xception_pl.data.source import Split
 from xception_pl.data.stream import open_cache
 from xception_pl.evaluation.scores import Scores, joined, score
+from xception_pl.optim.config import Loss
 from xception_pl.weights.ready import scaled
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Subject:
     """Of images (B, C, S, S) in [-1, 1]."""
     class_of_label: npt.NDArray[np.int64]
     """The network's class that each label of the source means."""
+    loss: Loss = "cross_entropy"
+    """That it was trained with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +135,7 @@ def _score_batch(batch: Batch, subjects: Sequence[Subject], parts: list[list[Sco
         of_network = torch.from_numpy(subject.class_of_label[labels])
         logits = subject.logits(images)[valid.to(device)]
         if len(logits):
-            found.append(score(logits, of_network[valid], batch["id"][valid]))
+            found.append(score(logits, of_network[valid], batch["id"][valid], subject.loss))
 
 
 def _gathered(fabric: "Fabric", mine: Any) -> list[Any]:

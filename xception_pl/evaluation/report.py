@@ -61,7 +61,7 @@ def _network(network: Evaluated, images: Bytes) -> str:
     tiles = [
         ("top-1", _percent(found.top1, 2), f"95 % interval {_percent(low, 2)} to {_percent(high, 2)}"),
         ("top-5", _percent(found.top5, 2), f"{found.images:,} images"),
-        ("loss", f"{found.loss:.4f}", "mean cross-entropy, nats"),
+        ("loss", f"{found.loss:.4f}", "mean over the images, nats"),
         ("calibration error", _percent(found.ece, 2), _confidence_words(network)),
     ]
     cards = "".join(

@@ -39,7 +39,7 @@ class Evaluated:
     class_names: list[str]
     scores: Scores
     note: str | None = None
-    """What has to be said about the classes."""
+    """What has to be said about the classes and the loss."""
     summary: Summary = field(init=False)
     confusion: Ints = field(init=False)
 
@@ -106,7 +106,7 @@ class Evaluation:
                 "",
                 f"{network.weights}: {network.network}",
                 f"  prepared    {network.preprocessing}",
-                *([f"  classes     {network.note}"] if network.note else []),
+                *([f"  note        {network.note}"] if network.note else []),
                 f"  images      {found.images:,}",
                 f"  top-1       {found.top1:.4%}   95 % interval {low:.2%} to {high:.2%}",
                 f"  top-5       {found.top5:.4%}",

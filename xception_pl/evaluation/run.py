@@ -30,6 +30,10 @@ from xception_pl.prediction.names import class_names
 from xception_pl.weights.load import load_network
 from xception_pl.weights.ready import prepare_for
 
+_SIGMOID = (
+    "trained with sigmoid: each probability is a class' own, the loss is the sum of all classes' binary cross-entropies"
+)
+
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -82,7 +86,10 @@ def evaluate(
         keep=cache_folder(config.cache_dir) / "footers",
     )
     if split.labels.multi:
-        raise DataError(f"{split.where} has label lists, and evaluate measures one label an image.")
+        raise DataError(
+            f"{split.where} has label lists, and evaluate measures one label an image: the MAP@100 of a run's weights is "
+            "val_map100 in its results.json."
+        )
     classes = [match_classes(split.labels.names, n.class_names, n.num_classes, split.where) for n in networks]
     left_out = np.empty(0, np.int64) if exclude is None else excluded_rows(exclude, split, exclude_numbers)
 
@@ -109,7 +116,7 @@ def evaluate(
                 networks[i].to(fabric.device).to(memory_format=torch.channels_last)
             found = run_pass(
                 fabric,
-                [Subject(networks[i], classes[i][0]) for i in chosen],
+                [Subject(networks[i], classes[i][0], networks[i].loss) for i in chosen],
                 split,
                 replace(config, image_size=size, eval_crop=cast(Any, crop)),
                 channels=channels,
@@ -136,7 +143,7 @@ def evaluate(
                 preprocessing=spelled_out(size, crop, channels),
                 class_names=class_names(network.class_names, network.num_classes),
                 scores=of_network.without(left_out),
-                note=note,
+                note="; ".join(filter(None, (note, _SIGMOID if network.loss == "sigmoid" else None))) or None,
             )
         )
     evaluation = Evaluation(

@@ -6,7 +6,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from xception_pl.optim.config import Loss
 
 TOP = 5
 
@@ -25,9 +28,9 @@ class Scores:
     classes: Ints
     """(N, k) classes with the largest logits, largest first; equal logits in the order of the classes; k is 5 or all."""
     probabilities: Floats
-    """(N, k) their softmax."""
+    """(N, k) theirs: softmax, or sigmoid where the network was trained with it."""
     losses: Floats
-    """(N,) cross-entropy in nats."""
+    """(N,) cross-entropy in nats; with sigmoid the sum of all classes' binary ones."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -55,8 +58,8 @@ class Scores:
         return Scores(**{item.name: getattr(self, item.name)[kept] for item in fields(self)})
 
 
-def score(logits: Tensor, labels: Tensor, ids: Tensor) -> Scores:
-    """Scores of a batch from logits (B, K), labels (B,) and row ids (B,).
+def score(logits: Tensor, labels: Tensor, ids: Tensor, loss: Loss = "cross_entropy") -> Scores:
+    """Scores of a batch from logits (B, K), labels (B,) and row ids (B,), by the loss that the network was trained with.
 
     The logits are as the network gave them; all that follows is float64 on the CPU, the same wherever the network ran.
 
@@ -70,13 +73,17 @@ def score(logits: Tensor, labels: Tensor, ids: Tensor) -> Scores:
             f"the network gives NaN for image {ids[broken][0]}: its weights or its precision are not sound"
         )
     order = logits.sort(dim=1, descending=True, stable=True).indices[:, :TOP]
-    log_probabilities = logits.log_softmax(dim=1)
+    log_probabilities = F.logsigmoid(logits) if loss == "sigmoid" else logits.log_softmax(dim=1)
+    losses = -log_probabilities.gather(1, labels[:, None])[:, 0]
+    if loss == "sigmoid":
+        log_others = F.logsigmoid(-logits)
+        losses -= log_others.sum(dim=1) - log_others.gather(1, labels[:, None])[:, 0]
     return Scores(
         ids=ids.cpu().numpy(),
         labels=labels.numpy(),
         classes=order.numpy(),
         probabilities=log_probabilities.gather(1, order).exp().numpy(),
-        losses=-log_probabilities.gather(1, labels[:, None])[:, 0].numpy(),
+        losses=losses.numpy(),
     )
 
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xception_pl.nets.convs import Activation, BatchNorm, SegmentedConv2d, SeparableConv2d, divisors, initialize
 from xception_pl.nets.preprocessing import Preprocessing
+from xception_pl.optim.config import Loss
 
 Numerics = Literal["keras", "torch"]
 
@@ -164,8 +165,9 @@ class Xception(nn.Module):
             of the one give other outputs under the other.
 
     Attributes:
-        preprocessing: how the images that the weights know were prepared, and
-        class_names: what the outputs mean; both set by :func:`xception_pl.load_network`.
+        preprocessing: how the images that the weights know were prepared,
+        class_names: what the outputs are called, and
+        loss: by which of `optim.loss` logits become probabilities; all set by :func:`xception_pl.load_network`.
 
     Shape: ``(B, in_chans, H, W)`` to logits ``(B, num_classes)``.
 
@@ -193,6 +195,7 @@ class Xception(nn.Module):
         super().__init__()
         self.preprocessing = Preprocessing()
         self.class_names: list[str] | None = None
+        self.loss: Loss = "cross_entropy"
         _check_options(
             num_classes=num_classes,
             in_chans=in_chans,

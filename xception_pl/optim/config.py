@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
+Loss = Literal["cross_entropy", "sigmoid"]
+
 
 @dataclass(kw_only=True)
 class OptimConfig:
@@ -44,7 +46,7 @@ class OptimConfig:
     """Epochs over which the rate rises linearly to lr; the schedule is counted from there."""
     final_lr: float = 0.0
     """Learning rate reached after the last step (cosine only)."""
-    loss: Literal["cross_entropy", "sigmoid"] = "cross_entropy"
+    loss: Loss = "cross_entropy"
     """`cross_entropy` for one label an image, `sigmoid` for label lists, summed over classes (Section 4.1, JFT)."""
     label_smoothing: float = 0.0
     """Probability mass spread evenly over the classes (cross_entropy only)."""

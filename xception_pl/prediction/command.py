@@ -58,6 +58,7 @@ class Predictor:
         network = load_network(weights)
         self.prepare = prepare_for(network, eval_crop=eval_crop, image_size=image_size)
         self.names = class_names(network.class_names, network.num_classes)
+        self.loss = network.loss
         self.gradcam, self.compiled = gradcam, compiled
         network.to(self.device).to(memory_format=torch.channels_last).requires_grad_(False)
         self.network = _forward(network, self.device, features, gradcam is not None, fast, compiled)
@@ -82,6 +83,7 @@ class Predictor:
             batch=batch,
             workers=workers or min(_MOST_WORKERS, os.cpu_count() or 1),
             top=top,
+            loss=self.loss,
             fill=self.compiled,
         )
         for number, outcome in enumerate(found):

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from xception_pl.data.decode import DecodeError, Pixels
 from xception_pl.data.errors import DataError
+from xception_pl.nets.probabilities import probabilities
+from xception_pl.optim.config import Loss
 from xception_pl.prediction.pictures import Picture
 from xception_pl.weights.ready import Prepare, scaled, stacked
 
@@ -53,6 +55,7 @@ def outcomes(
     batch: int = 32,
     workers: int = 2,
     top: int = 5,
+    loss: Loss = "cross_entropy",
     fill: bool = False,
 ) -> Iterator[Outcome]:
     """One outcome a picture, in their order.
@@ -68,12 +71,13 @@ def outcomes(
         batch: images it sees at once.
         workers: decoding threads.
         top: classes an outcome names.
+        loss: that the network was trained with: how its logits become probabilities.
         fill: fill the last batch up with its last image: for a compiled network, which a new size would compile again.
     """
 
     def answered(waiting: list[tuple[str, Pixels | str]]) -> Iterator[Outcome]:
         good = [pixels for _, pixels in waiting if not isinstance(pixels, str)]
-        results = iter(_results(good, network, device, batch if fill else len(good), top)) if good else iter(())
+        results = iter(_results(good, network, device, batch if fill else len(good), top, loss)) if good else iter(())
         for name, pixels in waiting:
             if isinstance(pixels, str):
                 yield Outcome(name=name, problem=pixels)
@@ -134,14 +138,21 @@ def _pixels(picture: Picture, prepare: Prepare) -> Pixels | str:
 
 
 def _results(
-    pixels: list[Pixels], network: Callable[[Tensor], Output], device: torch.device, size: int, top: int
+    pixels: list[Pixels],
+    network: Callable[[Tensor], Output],
+    device: torch.device,
+    size: int,
+    top: int,
+    loss: Loss,
 ) -> Iterator[tuple[tuple[int, ...], tuple[float, ...], Tensor | None, Tensor | None]]:
     images = stacked(pixels + [pixels[-1]] * (size - len(pixels)))
     output = network(scaled(images.to(device, non_blocking=True)))
-    likeliest = output.logits.float().softmax(dim=1).cpu().sort(dim=1, descending=True, stable=True)
+    # ranked by logits: sigmoids near 1 are equal long before these are
+    likeliest = output.logits.float().sort(dim=1, descending=True, stable=True).indices[:, :top]
+    values = probabilities(output.logits, loss).gather(1, likeliest).tolist()
+    classes = likeliest.tolist()
     features = None if output.features is None else output.features.float().cpu()
     heat = None if output.heat is None else output.heat.float().cpu()
-    values, classes = likeliest.values[:, :top].tolist(), likeliest.indices[:, :top].tolist()
     for i in range(len(pixels)):
         yield (
             tuple(classes[i]),

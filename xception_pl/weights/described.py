@@ -1,8 +1,9 @@
-"""The description that travels with our weights: network, class names, preprocessing, as plain data and back.
+"""The description that travels with our weights: network, class names, preprocessing, loss, as plain data and back.
 
 It is read from files that anyone may have written, so every value is checked before it is used.
 """
 
+import json
 import types
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -11,17 +12,36 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from xception_pl.nets import config as nets_config
 from xception_pl.nets.config import ModelConfig
 from xception_pl.nets.preprocessing import Preprocessing
+from xception_pl.nets.xception import Xception
+from xception_pl.optim.config import Loss
+from xception_pl.weights.infer import model_of
 from xception_pl.weights.stored import Stored, WeightsError
 
 _T = TypeVar("_T")
+DESCRIPTION = "xception_pl.json"
+"""What the description is called inside files that hold several things."""
 _MOST_CLASSES = 10_000_000
 _LARGEST_WIDTH = 64.0
 
 
-def describe(model: ModelConfig, preprocessing: Preprocessing, class_names: list[str] | None) -> dict[str, Any]:
-    """The description in JSON's types, under the names that `read_description` takes."""
-    plain = asdict(model) | {"fc_units": list(model.fc_units)}
-    return {"model": plain, "preprocessing": asdict(preprocessing), "class_names": class_names}
+NAMES = ("model", "preprocessing", "class_names", "loss")
+"""What a description has, each of which may be absent."""
+
+
+def describe(network: Xception) -> dict[str, Any]:
+    """The description in JSON's types, under `NAMES`, as `read_description` takes it.
+
+    Raises:
+        WeightsError: the network is no whole Xception.
+    """
+    model = model_of(network)
+    return {"model": asdict(model) | {"fc_units": list(model.fc_units)}, **describe_use(network)}
+
+
+def describe_use(network: Xception) -> dict[str, Any]:
+    """The same without the network itself, for files whose network is known."""
+    preprocessing = asdict(network.preprocessing)
+    return {"preprocessing": preprocessing, "class_names": network.class_names, "loss": network.loss}
 
 
 def read_description(stored: Stored, described: Mapping[str, Any]) -> None:
@@ -47,6 +67,28 @@ def read_description(stored: Stored, described: Mapping[str, Any]) -> None:
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise WeightsError(f"{stored.source} is damaged: its class names are no list of texts.")
     stored.class_names = names
+    loss = described.get("loss")
+    if loss is not None:  # older files have none
+        if not _fits(loss, Loss):
+            raise WeightsError(
+                f"{stored.source} was trained with the loss {str(loss)[:60]!r}, which this version does not know."
+            )
+        stored.loss = loss
+
+
+def read_json(stored: Stored, text: bytes) -> None:
+    """Puts the description of a network that is known into `stored`, from the JSON that `describe_use` became.
+
+    Raises:
+        WeightsError: as `read_description`, or it is no JSON.
+    """
+    try:
+        described = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{stored.source} is damaged: its {DESCRIPTION} is no JSON.") from error
+    if not isinstance(described, dict) or "model" in described:
+        raise WeightsError(f"{stored.source} is damaged: its {DESCRIPTION} is no description.")
+    read_description(stored, described)
 
 
 def _too_large(config: ModelConfig, tensors: int) -> list[str]:

@@ -1,5 +1,6 @@
 """Files for others: each is written beside its place, loaded back by whoever will read it, compared, and only then put there."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -14,7 +15,7 @@ from torch.export import Dim
 
 from xception_pl.nets.fold import fold_batch_norm
 from xception_pl.nets.xception import Xception
-from xception_pl.weights.described import describe
+from xception_pl.weights.described import DESCRIPTION, describe, describe_use
 from xception_pl.weights.hub import write_hub_folder
 from xception_pl.weights.infer import check_layout, model_of
 from xception_pl.weights.keras_model import read_keras_model, write_keras
@@ -115,9 +116,7 @@ def _write(
         write_timm(network, path)
         return "timm", _as_timm("legacy_xception", checkpoint_path=path, num_classes=network.num_classes)
     if to == "safetensors":
-        write_safetensors(
-            path, network.state_dict(), describe(model_of(network), network.preprocessing, network.class_names)
-        )
+        write_safetensors(path, network.state_dict(), describe(network))
         return "load_network", load_network(path)
     assert to == "hub-folder", to
     write_hub_folder(network, path, results)
@@ -131,12 +130,12 @@ def _write(
 
 
 def write_program(network: Xception, path: Path) -> None:
-    """Writes a `torch.export` program with batch, height and width left open."""
+    """Writes a `torch.export` program with batch, height and width left open; beside it, in `extra_files`, what to know."""
     size, channels = network.preprocessing.image_size, network.block1.conv1.in_channels
     assert isinstance(channels, int)
     open_sizes = {0: Dim("batch"), 2: Dim("height", min=71), 3: Dim("width", min=71)}
     program = torch.export.export(network, (torch.zeros(2, channels, size, size),), dynamic_shapes=(open_sizes,))
-    torch.export.save(program, path)
+    torch.export.save(program, path, extra_files={DESCRIPTION: json.dumps(describe_use(network))})
 
 
 def write_timm(network: Xception, path: Path) -> None:
@@ -148,7 +147,8 @@ def write_timm(network: Xception, path: Path) -> None:
     check_layout(
         network, "timm's legacy_xception", "torch", "--to hub-folder is for timm too, through `import xception_pl`"
     )
-    write_tensors(path, {timm_name(name): tensor for name, tensor in network.state_dict().items()}, {})
+    tensors = {timm_name(name): tensor for name, tensor in network.state_dict().items()}
+    write_tensors(path, tensors, {name: json.dumps(value) for name, value in describe_use(network).items()})
 
 
 def _as_timm(name: str, **options: Any) -> nn.Module:

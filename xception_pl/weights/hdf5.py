@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import h5py
 import numpy as np
@@ -69,8 +69,8 @@ def member(group: h5py.Group, name: str, source: str) -> h5py.Group | h5py.Datas
     return inner
 
 
-def array(group: h5py.Group, name: str, source: str) -> np.ndarray[Any, Any]:
-    """An array of real numbers, in the type that it is stored in.
+def array(group: h5py.Group, name: str, source: str, *, kind: Literal["f", "u"] = "f") -> np.ndarray[Any, Any]:
+    """An array of real numbers, or of bytes (`u`), in the type that it is stored in.
 
     Raises:
         WeightsError: there is none, its numbers are elsewhere, or it claims to be larger than what is stored of it.
@@ -81,8 +81,9 @@ def array(group: h5py.Group, name: str, source: str) -> np.ndarray[Any, Any]:
         raise WeightsError(f"{source} is damaged: {where} is no array.")
     if dataset.external or dataset.is_virtual:
         raise WeightsError(f"{source} is refused: the numbers of {where} are in another file.")
-    if dataset.dtype.kind != "f":
-        raise WeightsError(f"{source} is damaged: {where} holds {dataset.dtype}, not floating-point numbers.")
+    if dataset.dtype.kind != kind:
+        wanted = "floating-point numbers" if kind == "f" else "bytes"
+        raise WeightsError(f"{source} is damaged: {where} holds {dataset.dtype}, not {wanted}.")
     stored = dataset.id.get_storage_size()
     if dataset.shape is None or dataset.nbytes > _PACKED * stored:
         raise WeightsError(

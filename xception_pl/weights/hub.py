@@ -10,7 +10,6 @@ from typing import Any
 from xception_pl.durable import write_text
 from xception_pl.nets.xception import Xception
 from xception_pl.weights.described import describe
-from xception_pl.weights.infer import model_of
 from xception_pl.weights.safetensors import write_safetensors
 from xception_pl.weights.stored import WeightsError
 
@@ -98,7 +97,7 @@ def write_hub_folder(network: Xception, folder: Path, results: Mapping[str, Any]
     Raises:
         WeightsError: the network is no whole Xception.
     """
-    described = describe(model_of(network), network.preprocessing, network.class_names)
+    described = describe(network)
     write_safetensors(folder / WEIGHT_FILES[0], network.state_dict(), described)
     write_text(folder / "config.json", json.dumps(timm_config(network, described), indent=2) + "\n")
     write_text(folder / "README.md", model_card(network, described, results))

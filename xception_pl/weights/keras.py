@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from xception_pl.nets.preprocessing import Preprocessing
+from xception_pl.weights.described import DESCRIPTION, read_json
 from xception_pl.weights.hdf5 import array, groups, member, open_hdf5, texts
 from xception_pl.weights.layout import Layout
 from xception_pl.weights.stored import Stored, WeightsError
@@ -83,13 +84,8 @@ def read_keras_archive(path: Path, source: str) -> Stored:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            member = archive.getinfo(WEIGHTS_MEMBER)
-            if member.file_size > 16 * member.compress_size:
-                raise WeightsError(
-                    f"{source} is refused: {WEIGHTS_MEMBER} in it would unpack to {member.file_size} bytes."
-                )
-            with archive.open(member) as file:
-                content = io.BytesIO(file.read(member.file_size))
+            content = _unpacked(archive, WEIGHTS_MEMBER, source)
+            described = _unpacked(archive, DESCRIPTION, source) if DESCRIPTION in archive.namelist() else None
     except (
         zipfile.BadZipFile,
         zipfile.LargeZipFile,
@@ -105,7 +101,18 @@ def read_keras_archive(path: Path, source: str) -> Stored:
         if isinstance(error, WeightsError):
             raise
         raise WeightsError(f"{source} is damaged: {str(error).rstrip('.')}.") from error
-    return read_keras_hdf5(content, source)
+    stored = read_keras_hdf5(io.BytesIO(content), source)
+    if described is not None:
+        read_json(stored, described)
+    return stored
+
+
+def _unpacked(archive: zipfile.ZipFile, name: str, source: str) -> bytes:
+    member = archive.getinfo(name)
+    if member.file_size > 16 * member.compress_size:
+        raise WeightsError(f"{source} is refused: {name} in it would unpack to {member.file_size} bytes.")
+    with archive.open(member) as file:
+        return file.read(member.file_size)
 
 
 def read_keras_hdf5(file: Path | IO[bytes], source: str) -> Stored:
@@ -118,6 +125,7 @@ def read_keras_hdf5(file: Path | IO[bytes], source: str) -> Stored:
         top = member(opened, "model_weights", source) if "model_weights" in opened else opened
         old = "layer_names" in top.attrs or "layer_names0" in top.attrs
         layers = dict(_layers_of_old_files(top, source) if old else _layers_by_class(opened, source))
+        described = array(opened, DESCRIPTION, source, kind="u").tobytes() if DESCRIPTION in opened else None
     dense = [name for name, values in layers.items() if "kernel" in values and values["kernel"].dim() == 2]
     if len(dense) > 1:
         raise WeightsError(
@@ -125,7 +133,10 @@ def read_keras_hdf5(file: Path | IO[bytes], source: str) -> Stored:
         )
     known = name_layers(layers)
     tensors = {f"{known[layer]}/{leaf}": tensor for layer, values in layers.items() for leaf, tensor in values.items()}
-    return Stored(source, "a Keras file", tensors)
+    stored = Stored(source, "a Keras file", tensors)
+    if described is not None:
+        read_json(stored, described)
+    return stored
 
 
 def _layers_of_old_files(top: h5py.Group, source: str) -> Iterator[tuple[str, _Layer]]:

@@ -1,14 +1,19 @@
 """A network of ours as a Keras model, in Keras' own code."""
 
+import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import torch
 from torch import Tensor
 
 from xception_pl.nets.xception import Xception
+from xception_pl.weights.described import DESCRIPTION, describe_use
 from xception_pl.weights.infer import check_layout
 from xception_pl.weights.keras import keras_name, name_layers, to_keras
 from xception_pl.weights.stored import WeightsError, needs
@@ -44,7 +49,10 @@ def keras_model(network: Xception) -> Any:
 
 
 def write_keras(network: Xception, path: Path) -> None:
-    """Writes a whole model (`.keras`, or `.h5`, which Keras calls legacy), or weights alone (`.weights.h5`), as the ending says."""
+    """Writes a whole model (`.keras`, or `.h5`, which Keras calls legacy), or weights alone (`.weights.h5`), as the ending says.
+
+    Beside what Keras reads, the file has our description: class names, preprocessing, loss.
+    """
     model = keras_model(network)
     if path.name.endswith(".weights.h5"):
         model.save_weights(path)
@@ -52,6 +60,13 @@ def write_keras(network: Xception, path: Path) -> None:
         model.save(path)
     else:
         raise WeightsError(f"{path.name} has no ending of Keras: use .keras, .weights.h5 or .h5.")
+    description = json.dumps(describe_use(network)).encode()
+    if path.suffix == ".keras":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(DESCRIPTION, description)
+    else:
+        with h5py.File(path, "a") as file:
+            file[DESCRIPTION] = np.frombuffer(description, np.uint8)
 
 
 def read_keras_model(path: Path, network: Xception) -> Callable[[Tensor], Tensor]:

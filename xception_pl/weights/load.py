@@ -30,7 +30,8 @@ def load_network(source: str | Path | nn.Module, *, num_classes: int | None = No
     What the file is, its content says, not its name: a checkpoint or `averaged.safetensors` of a run, Keras' `.keras`,
     `.weights.h5` and `.h5`, any of timm's, Cadene's or tstandley's ports (also inside `state_dict`, or with prefixes such
     as `module.`). Nothing in a file is executed. The network has the numerics of the weights' origin, how images were prepared for it
-    (`network.preprocessing`), and the names of its classes (`network.class_names`, None where the file has none).
+    (`network.preprocessing`), the names of its classes (`network.class_names`, None where the file has none), and the loss that says
+    how its logits become probabilities (`network.loss`).
 
     Args:
         source: a file, a folder of a finished run or as the hub keeps it, the id of a repository of the hub (`owner/name`
@@ -41,7 +42,7 @@ def load_network(source: str | Path | nn.Module, *, num_classes: int | None = No
 
     Returns:
         The network. A checkpoint of a run whose model.name is another network of timm gives that one, with the same
-        two attributes.
+        attributes.
 
     Raises:
         ValueError: in one sentence, with a table where tensors do not fit: the file cannot be read, would execute code,
@@ -52,7 +53,7 @@ def load_network(source: str | Path | nn.Module, *, num_classes: int | None = No
         has = f"has a logistic layer of {config.num_classes} outputs" if config.num_classes else "has no logistic layer"
         warnings.warn(f"{source} {has}: a new one of {num_classes}, not yet trained, takes its place", stacklevel=2)
         network.reset_classifier(num_classes)
-        network.class_names = None
+        network.class_names, network.loss = None, "cross_entropy"
     return ready(network).eval()
 
 
@@ -76,6 +77,7 @@ def load_described(source: str | Path | nn.Module, *, raw: bool = False) -> tupl
     network = _with_tensors(config, stored, layout)
     network.preprocessing = stored.preprocessing or layout.preprocessing
     network.class_names = _class_names(stored, config.num_classes)
+    network.loss = stored.loss
     return config, network
 
 

@@ -5,7 +5,6 @@ import logging
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from xception_pl.nets.xception import Xception
+from xception_pl.weights.described import describe_use
 from xception_pl.weights.stored import needs
 
 OPSET = 18
@@ -22,7 +22,7 @@ OPSET = 18
 def write_onnx(network: Xception, path: Path) -> None:
     """Writes `images` (B, C, H, W) in [-1, 1] to `logits` (B, num_classes).
 
-    The file's metadata has the class names and the preprocessing. PyTorch's exporter folds batch norm by itself.
+    The file's metadata has the class names, the preprocessing and the loss. PyTorch's exporter folds batch norm by itself.
 
     Raises:
         WeightsError: onnx or onnxscript is not installed.
@@ -50,8 +50,7 @@ def write_onnx(network: Xception, path: Path) -> None:
     finally:
         noisy.setLevel(level)
     assert program is not None
-    program.model.metadata_props["preprocessing"] = json.dumps(asdict(network.preprocessing))
-    program.model.metadata_props["class_names"] = json.dumps(network.class_names)
+    program.model.metadata_props.update({name: json.dumps(value) for name, value in describe_use(network).items()})
     program.save(path)
 
 

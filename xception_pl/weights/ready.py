@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from xception_pl.data.config import DataConfig
 from xception_pl.data.decode import DecodeError, Pixels, eval_image
+from xception_pl.nets.probabilities import probabilities
 from xception_pl.nets.xception import Xception
 
 Picture = str | PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
@@ -87,11 +88,11 @@ def scaled(images: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def predict(network: nn.Module, images: Any, prepare: Prepare, *, batch: int = 32) -> Tensor:
+def predict(network: Any, images: Any, prepare: Prepare, *, batch: int = 32) -> Tensor:
     """Probabilities (N, K), float32 on the CPU, of pictures of any kind; the network's mode and device stay as they are.
 
     Args:
-        network: logits of images in [-1, 1].
+        network: logits of images in [-1, 1], and its `loss`.
         images: one or a list of paths, Pillow images or uint8 arrays (H, W[, 3]), which `prepare` crops and resizes;
             or a tensor (B, C, H, W) or (C, H, W), taken as it is: uint8, or float in [-1, 1]. An array of four axes
             (B, H, W, C) is a list of pictures.
@@ -104,7 +105,7 @@ def predict(network: nn.Module, images: Any, prepare: Prepare, *, batch: int = 3
     training = network.training
     network.eval()
     try:
-        found = [network(part).float().softmax(dim=1).cpu() for part in _batches(network, images, prepare, batch)]
+        found = [probabilities(network(part), network.loss).cpu() for part in _batches(network, images, prepare, batch)]
     finally:
         network.train(training)
     return torch.cat(found)

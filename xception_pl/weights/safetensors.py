@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from xception_pl.durable import durable_write
-from xception_pl.weights.described import read_description
+from xception_pl.weights.described import NAMES, read_description
 from xception_pl.weights.stored import Stored, WeightsError
 
 if TYPE_CHECKING:
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 
 def save_weights(module: "XceptionModule", path: Path) -> None:
-    """Writes the weights that are evaluated (averaged, where averaging is on) with model, classes and preprocessing."""
+    """Writes the weights that are evaluated (averaged, where averaging is on) with model, classes, preprocessing and loss."""
     hparams = module.hparams
     described = {name: hparams[name] for name in ("model", "class_names", "preprocessing")}
+    described["loss"] = hparams["optim"]["loss"]
     write_safetensors(path, module.evaluated.state_dict(), described)
 
 
@@ -49,9 +50,9 @@ def read_safetensors(path: Path, source: str) -> Stored:
         reason = str(error).splitlines()[0].rstrip(".")[:200]
         raise WeightsError(f"{source} is no whole safetensors file: {reason}.") from error
     stored = Stored(source, "a safetensors file", tensors)
-    if "model" in metadata:
+    if "preprocessing" in metadata:
         described = {}
-        for name in ("model", "class_names", "preprocessing"):
+        for name in NAMES:
             try:
                 described[name] = json.loads(metadata.get(name, "null"))
             except (ValueError, RecursionError) as error:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from xception_pl.nets.config import ModelConfig
 from xception_pl.nets.preprocessing import Preprocessing
+from xception_pl.optim.config import Loss
 
 
 class WeightsError(ValueError):
@@ -29,6 +30,8 @@ class Stored:
     """The network, where the file describes one of ours."""
     preprocessing: Preprocessing | None = None
     class_names: list[str] | None = None
+    loss: Loss = "cross_entropy"
+    """What it was trained with, which says how logits become probabilities."""
     raw_tensors: dict[str, Tensor] | None = field(default=None, repr=False)
     """The last step's weights, where `tensors` are averaged ones kept beside them."""
 

@@ -47,7 +47,9 @@ def _of_our_run(content: Mapping[str, Any], hparams: Mapping[str, Any], source: 
     prefix = "average.network."
     averaged = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     stored = Stored(source, "a checkpoint of a run", averaged or network, raw_tensors=network)
-    read_description(stored, hparams)
+    optim = hparams.get("optim")
+    loss = optim.get("loss") if isinstance(optim, Mapping) else None
+    read_description(stored, {**hparams, "loss": loss})
     return stored
 
 
