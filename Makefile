@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+# A process a core, up to 3 GB each, file by file: a file's tests share what is slow to make. PYTEST_ARGS=--numprocesses=0: one.
+SHARED := --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test lint format wheel clean
 
@@ -14,7 +16,7 @@ quickstart: $(VENV)/.runtime ## install into .venv and train on the images that 
 	@$(BIN)/python -m xception_pl.fit recipes/quickstart.yaml
 
 test: lint ## install into .venv, then ruff, mypy and pytest (PYTEST_ARGS=--slow adds the heavy proofs)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(SHARED) $(PYTEST_ARGS)
 
 lint: $(VENV)/.development ## ruff and mypy
 	@$(BIN)/ruff check .

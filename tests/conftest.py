@@ -2,15 +2,15 @@
 
 import os
 
+# Small tensors gain nothing from more, and on a busy machine threads that wait for each other cost twenty times the work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported
+
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     # The kernels' tests run in Triton's interpreter, which has to be chosen before any test imports Triton.
     os.environ["TRITON_INTERPRET"] = "1"
-
-# Small tensors gain nothing from more, and on a busy machine threads that wait for each other cost twenty times the work.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    heavy = [item for item in items if "slow" in item.keywords]
     if config.getoption("--slow"):
+        # Files with heavy proofs first: where processes share the files, none is to end alone with a long one.
+        first = {item.path for item in heavy}
+        items.sort(key=lambda item: item.path not in first)
         return
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="heavy proof: run with --slow, as .ci/run does"))
+    for item in heavy:
+        item.add_marker(pytest.mark.skip(reason="heavy proof: run with --slow, as .ci/run does"))

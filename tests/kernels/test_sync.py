@@ -2,7 +2,6 @@
 
 import copy
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from tests.kernels.conftest import DEVICE
 from tests.kernels.reference import draw, norm_layer
+from tests.processes import free_port
 from xception_pl.kernels.ops import normalise
 
 
@@ -61,9 +61,7 @@ def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
     """DDP over gloo with 2 and 3 images a rank, against plain batch norm in float64 on all five."""
     from tests.kernels.sync_run import images, network
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.kernels.sync_run", str(tmp_path)],

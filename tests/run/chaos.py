@@ -10,7 +10,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import xception_pl.training  # noqa: F401
+from tests.processes import free_port
 from xception_pl import durable, fit
 from xception_pl.run.checkpoints import check_checkpoint
 from xception_pl.run.metrics_csv import read_metrics
@@ -43,10 +43,7 @@ BOUND_SECONDS = 60
 
 def start(folder: Path, before: Callable[[int], None] = lambda rank: None) -> list[int]:
     """Processes of a start of the run in `folder`; `before` is called in each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
+    port, ranks = free_port(), []
     for rank in range(WORLD):
         pid = os.fork()
         if pid:
