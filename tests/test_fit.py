@@ -17,7 +17,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from xception_pl import Xception, XceptionModule
+from xception_pl import Xception, XceptionModule, load_network
 from xception_pl.fit import main
 from xception_pl.run.log import RunLog
 
@@ -105,6 +105,13 @@ def test_a_run_writes_its_folder_and_its_table(run: Any, capsys: pytest.CaptureF
     results = json.loads((folder / "results.json").read_text())
     assert (results["steps"], results["parameters"]) == (12, 158_058)
     assert 0 <= results["val_top1"] <= results["val_top5"] <= 1
+    for weights in ("averaged.safetensors", "last.ckpt"):  # the numbers travel with the weights that were measured
+        found = load_network(folder / "checkpoints" / weights).results
+        assert found == {name[4:]: value for name, value in results.items() if name.startswith("val_")} | {
+            "data": "split 'test' of sample"
+        }
+        assert found["images"] == 128
+    assert load_network(folder / "checkpoints" / "last.ckpt", raw=True).results is None
     rows = logged(folder)
     assert [int(row["step"]) for row in rows] == [4, 6, 6, 8, 12, 12]  # windows, epochs' ends, validations
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -1,7 +1,6 @@
 """`python -m xception_pl.export WEIGHTS --to FORMAT`: weights of any origin into a file for others, proven before it is done."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,11 +24,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--fold-bn", action="store_true", help="fold batch norm into the convolutions (onnx, torch-export)"
     )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="evaluation.json of these weights, for the model card (default: the numbers that the weights carry)",
+    )
     parser.add_argument("--raw", action="store_true", help="the last step's weights, not the averaged ones")
     arguments = parser.parse_args(argv)
 
     from xception_pl.weights.exports import SUFFIXES, export
     from xception_pl.weights.load import load_network
+    from xception_pl.weights.results import results_of_evaluation
 
     assert set(formats) == set(SUFFIXES)
     with one_sentence_errors(ValueError):
@@ -37,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = arguments.output or _beside(arguments.weights, arguments.to, SUFFIXES[arguments.to])
         if output.exists() and Path(arguments.weights).expanduser().exists() and output.samefile(arguments.weights):
             raise ValueError(f"{output} is the file of weights itself: name another --output.")
-        results = None if arguments.raw else _results(Path(arguments.weights))
+        results = network.results
+        if arguments.results is not None:
+            results = results_of_evaluation(arguments.results, network)
         done = export(network, arguments.to, output, fold=arguments.fold_bn, results=results)
     if done.folded is not None:
         print(f"batch norm folded: {done.folded}")
@@ -51,21 +59,6 @@ def _beside(weights: str, to: str, suffix: str) -> Path:
     base = path.name.partition("@")[0] if not path.exists() else path.stem if path.is_file() else path.resolve().name
     folder = path.parent if path.exists() else Path()
     return folder / ((f"{base}-{to}" if to in ("hub-folder", "timm") else base) + suffix)
-
-
-def _results(weights: Path) -> dict[str, object] | None:
-    """What a finished run measured with exactly these weights: those that it left averaged at its end, or its folder."""
-    run = weights.expanduser().resolve()
-    if run.parts[-2:] == ("checkpoints", "averaged.safetensors"):
-        run = run.parents[1]
-    file = run / "results.json"
-    if not file.is_file():
-        return None
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}.") from error
-    return results if isinstance(results, dict) else None
 
 
 if __name__ == "__main__":

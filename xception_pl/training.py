@@ -39,6 +39,7 @@ from xception_pl.run.ranks import Ranks
 from xception_pl.run.requeue import requeue
 from xception_pl.run.resume import Resumed, load_for_resume
 from xception_pl.run.watchdog import Watchdog
+from xception_pl.weights.results import of_run
 from xception_pl.weights.safetensors import save_weights
 from xception_pl.weights.start import Start
 
@@ -266,7 +267,9 @@ def _write_results(prepared: Prepared, trainer: Trainer, log: RunLog, *, finishe
     folder = prepared.folder
     draw_curves(folder / "metrics.csv", folder / "curves.png", f"{prepared.plan.recipe.run.name}, {folder.name}")
     if finished:
-        save_weights(prepared.module, folder / "checkpoints" / "averaged.safetensors")
+        data = prepared.plan.recipe.data
+        results = of_run(log.latest, data.source, data.val_split)
+        save_weights(prepared.module, folder / "checkpoints" / "averaged.safetensors", results)
         write_results(folder, {"steps": trainer.global_step, "parameters": prepared.parameters, **log.latest})
         print("\n".join(_results(prepared, log)), flush=True)
 

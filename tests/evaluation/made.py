@@ -29,6 +29,7 @@ def made_evaluation(networks: int = 1) -> tuple[Evaluation, Callable[[Sequence[i
             Evaluated(
                 weights=f"runs/<made>/{number}.safetensors",
                 network="xception, 1,234,567 parameters",
+                fingerprint=f"{number:064}",
                 preprocessing=spelled_out(71, "resize", 3),
                 class_names=list(split.labels.names or ()),
                 scores=score(logits * 2, labels, torch.arange(len(labels))),

@@ -133,6 +133,7 @@ def test_many_classes_have_a_picture_instead_of_names() -> None:
     many = Evaluated(
         weights="w",
         network="n",
+        fingerprint="f",
         preprocessing=spelled_out(299, "timm", 3),
         class_names=[f"class {i}" for i in range(300)],
         scores=score(logits, torch.arange(50), torch.arange(50)),

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.weights.conftest import SMALL, outputs, randomise, relative_error, smooth_images
 from tests.weights.test_load import NAMES, assert_same_weights
 from xception_pl import Xception, load_network
+from xception_pl.evaluate import main as evaluate
 from xception_pl.export import main
 from xception_pl.nets.preprocessing import Preprocessing
 from xception_pl.weights import exports
@@ -31,9 +33,8 @@ def weights(small: Xception, tmp_path: Path) -> Path:
     small.class_names, small.preprocessing = NAMES, Preprocessing(image_size=75, eval_crop="resize")
     small.loss = "sigmoid"
     run = tmp_path / "run"
-    write_hub_folder(small, run / "checkpoints")
+    write_hub_folder(small, run / "checkpoints", {"images": 8.0, "top1": 0.75, "data": "split 'test' of ants"})
     (run / "checkpoints" / "model.safetensors").rename(run / "checkpoints" / "averaged.safetensors")
-    (run / "results.json").write_text(json.dumps({"steps": 9, "val_top1": 0.75}))
     return run / "checkpoints" / "averaged.safetensors"
 
 
@@ -84,7 +85,10 @@ def test_programs_of_other_networks(options: dict[str, Any], tmp_path: Path) -> 
 def test_a_hub_folder_has_the_runs_numbers(weights: Path, small: Xception, tmp_path: Path) -> None:
     assert main([str(weights.parents[1]), "--to", "hub-folder", "--output", str(tmp_path / "hub")]) == 0
     assert_same_weights(load_network(tmp_path / "hub"), small)
-    assert "| top1 | 0.75 |" in (tmp_path / "hub" / "README.md").read_text()
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "| top-1 | 75.00% |" in card
+    assert "Measured on 8 images of split 'test' of ants." in card
+    assert "Trained with sigmoid: probabilities are the sigmoid of each output" in card
     assert sorted(item.name for item in (tmp_path / "hub").iterdir()) == [
         "README.md",
         "config.json",
@@ -92,11 +96,50 @@ def test_a_hub_folder_has_the_runs_numbers(weights: Path, small: Xception, tmp_p
     ]
 
 
-def test_the_runs_numbers_belong_to_no_other_weights(weights: Path, tmp_path: Path) -> None:
-    other = weights.with_name("best.safetensors")
-    other.write_bytes(weights.read_bytes())
-    assert main([str(other), "--to", "hub-folder", "--output", str(tmp_path / "hub")]) == 0
-    assert "Not evaluated." in (tmp_path / "hub" / "README.md").read_text()
+def test_numbers_travel_with_the_weights(weights: Path, tmp_path: Path) -> None:
+    main([str(weights), "--to", "safetensors", "--output", str(tmp_path / "a.safetensors")])
+    main([str(tmp_path / "a.safetensors"), "--to", "hub-folder", "--output", str(tmp_path / "hub")])
+    assert load_network(tmp_path / "hub").results == {"images": 8.0, "top1": 0.75, "data": "split 'test' of ants"}
+
+
+@pytest.mark.parametrize("metadata", ["[1]", '{"top1": true}', '{"top1": [0.5]}', json.dumps({"data": "x" * 500})])
+def test_results_that_are_none(weights: Path, tmp_path: Path, metadata: str) -> None:
+    save_file(load_file(weights), tmp_path / "a", {"preprocessing": "{}", "results": metadata})
+    with pytest.raises(ValueError, match="is damaged: its results are no numbers and texts"):
+        load_network(tmp_path / "a")
+
+
+def test_an_evaluation_gives_the_numbers_of_its_own_weights(
+    weights: Path, small: Xception, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = Xception(10, **SMALL)  # as many classes as the shipped images have
+    network.preprocessing = Preprocessing(image_size=75, eval_crop="resize")
+    write_hub_folder(network, tmp_path / "ten")
+    write_hub_folder(Xception(10, **SMALL), tmp_path / "other")
+    source = ["--data", "sample", "--batch", "250", "--data.workers=0", "--output", str(tmp_path / "report")]
+    assert evaluate([str(tmp_path / "other"), "--compare", str(tmp_path / "ten"), "--image-size", "71", *source]) == 0
+    (tmp_path / "ten").rename(tmp_path / "moved")  # what they are, not where they were
+    report = tmp_path / "report" / "evaluation.json"
+    arguments = [str(tmp_path / "moved"), "--to", "hub-folder", "--output", str(tmp_path / "hub")]
+    assert main([*arguments, "--results", str(report)]) == 0
+    found = json.loads(report.read_text())["networks"][1]
+    low, high = found["top1_interval"]
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert f"| top-1 | {found['top1']:.2%} (95 % interval {low:.2%} to {high:.2%}) |" in card
+    assert f"| loss | {found['loss']:.4f} |" in card
+    assert f"1,000 images of split 'test' of sample, prepared as {found['preprocessing']}." in card
+    assert "resized to 71 × 71" in card
+
+    for content, sentence in (
+        (report.read_text(), "was measured with other weights: "),
+        ("{}", "is no evaluation.json of this version: write one with evaluate --output."),
+        ("no", "is no evaluation.json of this version"),
+    ):
+        report.write_text(content)
+        with pytest.raises(SystemExit):
+            main([str(weights), "--to", "hub-folder", "--output", str(tmp_path / "no"), "--results", str(report)])
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_safetensors_of_other_weights(small: Xception, tmp_path: Path) -> None:

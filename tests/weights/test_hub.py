@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 
 from tests.loopback_hub import LoopbackHub, status
 from tests.weights.conftest import SMALL, outputs, randomise, smooth_images
@@ -16,6 +17,7 @@ from xception_pl.nets.preprocessing import Preprocessing
 from xception_pl.weights.hub import as_hub_id, write_hub_folder
 
 REPO = "someone/xception-small"
+RESULTS = {"images": 1000.0, "top1": 0.88512, "loss": 0.5, "data": "split 'test' of garments"}
 
 
 @pytest.fixture
@@ -142,11 +144,29 @@ def test_the_card_has_the_runs_numbers_or_says_that_there_are_none(named: Xcepti
     card = (tmp_path / "a" / "README.md").read_text()
     assert "Not evaluated." in card
     assert "5 classes: ant, bee, cat, dog, emu." in card
-    write_hub_folder(named, tmp_path / "a", {"steps": 7, "val_top1": 0.88512, "val_loss": 0.5, "train_top1": 0.9})
+    assert ModelCard.load(tmp_path / "a" / "README.md").data.eval_results is None
+    assert load_network(tmp_path / "a").results is None
+    write_hub_folder(named, tmp_path / "a", RESULTS)
     card = (tmp_path / "a" / "README.md").read_text()
-    assert "| top1 | 0.8851 |\n| loss | 0.5 |" in card
+    assert "| top-1 | 88.51% |\n| loss | 0.5000 |\n\nMeasured on 1,000 images of split 'test' of garments." in card
     assert "Not evaluated" not in card
-    assert "train" not in card.partition("## Results")[2].partition("## Use")[0]
+    assert load_network(tmp_path / "a").results == RESULTS
+    (found,) = ModelCard.load(tmp_path / "a" / "README.md").data.eval_results or []
+    assert (found.metric_type, found.metric_value, found.dataset_name) == ("accuracy", 0.88512, RESULTS["data"])
+
+
+def test_a_network_of_the_hub_keeps_its_numbers_until_it_is_trained_on(named: Xception, tmp_path: Path) -> None:
+    write_hub_folder(named, tmp_path / "a", RESULTS)
+    network = PretrainedXception.from_pretrained(tmp_path / "a")
+    network.save_pretrained(tmp_path / "b")
+    assert "| top-1 | 88.51% |" in (tmp_path / "b" / "README.md").read_text()
+    with torch.no_grad():
+        network.fc.bias[0] += 1e-3
+    network.save_pretrained(tmp_path / "c")
+    assert "Not evaluated." in (tmp_path / "c" / "README.md").read_text()
+    assert load_network(tmp_path / "c").results is None
+    with pytest.warns(UserWarning, match="new one of 3"):
+        assert load_network(tmp_path / "a", num_classes=3).results is None
 
 
 def test_timm_reads_folder_and_repository(hub: LoopbackHub, named: Xception) -> None:

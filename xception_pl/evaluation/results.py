@@ -35,6 +35,8 @@ class Evaluated:
     """Path or id, as given."""
     network: str
     """What it is, in a few words."""
+    fingerprint: str
+    """Of its weights, by which `export --results` knows them again."""
     preprocessing: str
     class_names: list[str]
     scores: Scores
@@ -132,7 +134,9 @@ def _plain(network: Evaluated) -> dict[str, Any]:
         {"name": network.class_names[item.index], "top1": item.accuracy, "precision": item.precision, **asdict(item)}
         for item in network.summary.classes
     ]
-    described = {name: getattr(network, name) for name in ("weights", "network", "preprocessing", "note")}
+    described = {
+        name: getattr(network, name) for name in ("weights", "network", "fingerprint", "preprocessing", "note")
+    }
     return {**described, **found, "top1_interval": list(network.summary.top1_interval), "classes": classes}
 
 

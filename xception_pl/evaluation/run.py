@@ -29,6 +29,7 @@ from xception_pl.nets.xception import Xception
 from xception_pl.prediction.names import class_names
 from xception_pl.weights.load import load_network
 from xception_pl.weights.ready import prepare_for
+from xception_pl.weights.results import fingerprint
 
 _SIGMOID = (
     "trained with sigmoid: each probability is a class' own, the loss is the sum of all classes' binary cross-entropies"
@@ -140,6 +141,7 @@ def evaluate(
             Evaluated(
                 weights=str(source),
                 network=f"{_kind(network)}, {parameters:,} parameters, {network.num_classes:,} classes",
+                fingerprint=fingerprint(network),
                 preprocessing=spelled_out(size, crop, channels),
                 class_names=class_names(network.class_names, network.num_classes),
                 scores=of_network.without(left_out),

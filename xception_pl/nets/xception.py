@@ -166,8 +166,9 @@ class Xception(nn.Module):
 
     Attributes:
         preprocessing: how the images that the weights know were prepared,
-        class_names: what the outputs are called, and
-        loss: by which of `optim.loss` logits become probabilities; all set by :func:`xception_pl.load_network`.
+        class_names: what the outputs are called,
+        loss: by which of `optim.loss` logits become probabilities, and
+        results: what was measured with them; all set by :func:`xception_pl.load_network`.
 
     Shape: ``(B, in_chans, H, W)`` to logits ``(B, num_classes)``.
 
@@ -196,6 +197,7 @@ class Xception(nn.Module):
         self.preprocessing = Preprocessing()
         self.class_names: list[str] | None = None
         self.loss: Loss = "cross_entropy"
+        self.results: dict[str, float | str] | None = None
         _check_options(
             num_classes=num_classes,
             in_chans=in_chans,

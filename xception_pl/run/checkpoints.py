@@ -19,6 +19,8 @@ from xception_pl.durable import CannotWrite, durable_write
 from xception_pl.recipe import Recipe, to_plain
 from xception_pl.run.guard import StepGuard
 from xception_pl.run.interrupt import Interrupted
+from xception_pl.weights.results import of_run
+from xception_pl.weights.stored import Results
 
 _RETRY_SECONDS, _GIVE_UP_SECONDS = 300.0, 3600.0
 """A save that failed is tried again; a run that cannot save goes on for an hour, in which somebody may make room."""
@@ -61,7 +63,7 @@ class Checkpoints(Checkpoint):
 
     def __init__(self, folder: Path, *, recipe: Recipe, guard: StepGuard) -> None:
         self.folder = folder
-        self.recipe = to_plain(recipe)
+        self.recipe, self.data = to_plain(recipe), recipe.data
         self.monitor = "val_map100" if recipe.optim.loss == "sigmoid" else "val_top1"
         self.save_every_steps = recipe.run.save_every_steps
         self.save_every_minutes = recipe.run.save_every_minutes
@@ -73,6 +75,7 @@ class Checkpoints(Checkpoint):
         self.saved: Path | None = None
         self.saved_here = False
         self._better = False
+        self._measured: tuple[int, Results] | None = None
         self._saved_at = time.monotonic()
         self._failing_since: float | None = None
         self._failure: CannotWrite | None = None
@@ -129,11 +132,12 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        score = trainer.callback_metrics.get(self.monitor)
-        better = score is not None and (self.best is None or float(score) > self.best)
+        found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self._measured = (trainer.global_step, of_run(found, self.data.source, self.data.val_split))
+        score = found.get(self.monitor)
+        better = score is not None and (self.best is None or score > self.best)
         if better:
-            assert score is not None
-            self.best = float(score)
+            self.best = score
         self._better |= better
         if self._due_on_resume:
             self._keep_if_best(trainer)
@@ -218,6 +222,8 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["recipe"] = self.recipe
         checkpoint["validation_due"] = self._validation_due
+        if self._measured is not None and self._measured[0] == trainer.global_step:
+            checkpoint["results"] = self._measured[1]  # of the weights in it that are evaluated
         loops = checkpoint["loops"]["fit_loop"]
         evaluated = loops["epoch_loop.val_loop.batch_progress"]  # no validation goes on in its middle
         for counts in (evaluated["total"], evaluated["current"]):

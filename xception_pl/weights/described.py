@@ -15,6 +15,7 @@ from xception_pl.nets.preprocessing import Preprocessing
 from xception_pl.nets.xception import Xception
 from xception_pl.optim.config import Loss
 from xception_pl.weights.infer import model_of
+from xception_pl.weights.results import read_results
 from xception_pl.weights.stored import Stored, WeightsError
 
 _T = TypeVar("_T")
@@ -24,7 +25,7 @@ _MOST_CLASSES = 10_000_000
 _LARGEST_WIDTH = 64.0
 
 
-NAMES = ("model", "preprocessing", "class_names", "loss")
+NAMES = ("model", "preprocessing", "class_names", "loss", "results")
 """What a description has, each of which may be absent."""
 
 
@@ -74,6 +75,8 @@ def read_description(stored: Stored, described: Mapping[str, Any]) -> None:
                 f"{stored.source} was trained with the loss {str(loss)[:60]!r}, which this version does not know."
             )
         stored.loss = loss
+    if described.get("results") is not None:
+        read_results(stored, described["results"])
 
 
 def read_json(stored: Stored, text: bytes) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from xception_pl.weights.load import load_network
 from xception_pl.weights.onnx import OPSET, read_onnx, write_onnx
 from xception_pl.weights.proof import LARGEST_DIFFERENCE, Difference, difference
 from xception_pl.weights.safetensors import write_safetensors, write_tensors
-from xception_pl.weights.stored import WeightsError
+from xception_pl.weights.stored import Results, WeightsError
 from xception_pl.weights.timm import timm_name
 
 SUFFIXES = {
@@ -52,9 +52,7 @@ class Exported:
     """The folded network against the network, where batch norm was folded."""
 
 
-def export(
-    network: Xception, to: str, output: Path, *, fold: bool = False, results: Mapping[str, Any] | None = None
-) -> Exported:
+def export(network: Xception, to: str, output: Path, *, fold: bool = False, results: Results | None = None) -> Exported:
     """Writes a network in a format, and proves the file before it takes its place.
 
     Args:
@@ -62,7 +60,7 @@ def export(
         to: one of `SUFFIXES`.
         output: the file; for a hub-folder a folder that does not yet exist.
         fold: fold batch norm into the convolutions (onnx and torch-export).
-        results: numbers of the run for the model card.
+        results: what was measured with these weights, for safetensors and the model card.
 
     Raises:
         WeightsError: the format cannot hold this network, a package is missing, or the file computes something else.
@@ -99,9 +97,7 @@ def export(
     return Exported(output, reader, against, folded)
 
 
-def _write(
-    network: Xception, to: str, path: Path, results: Mapping[str, Any] | None
-) -> tuple[str, Callable[[Tensor], Tensor]]:
+def _write(network: Xception, to: str, path: Path, results: Results | None) -> tuple[str, Callable[[Tensor], Tensor]]:
     """Writes, reads back; returns who read, and what the file computes."""
     if to == "onnx":
         write_onnx(network, path)
@@ -116,7 +112,7 @@ def _write(
         write_timm(network, path)
         return "timm", _as_timm("legacy_xception", checkpoint_path=path, num_classes=network.num_classes)
     if to == "safetensors":
-        write_safetensors(path, network.state_dict(), describe(network))
+        write_safetensors(path, network.state_dict(), describe(network) | {"results": results})
         return "load_network", load_network(path)
     assert to == "hub-folder", to
     write_hub_folder(network, path, results)

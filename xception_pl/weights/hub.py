@@ -9,9 +9,10 @@ from typing import Any
 
 from xception_pl.durable import write_text
 from xception_pl.nets.xception import Xception
+from xception_pl.weights.card import model_card
 from xception_pl.weights.described import describe
 from xception_pl.weights.safetensors import write_safetensors
-from xception_pl.weights.stored import WeightsError
+from xception_pl.weights.stored import Results, WeightsError
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """What a repository may call its weights, the best first."""
@@ -86,21 +87,21 @@ def fetch_weights(hub_id: tuple[str, str | None], **options: Any) -> Path:
     raise WeightsError(f"the repository {repo} has no {' or '.join(WEIGHT_FILES)}.")
 
 
-def write_hub_folder(network: Xception, folder: Path, results: Mapping[str, Any] | None = None) -> None:
+def write_hub_folder(network: Xception, folder: Path, results: Results | None = None) -> None:
     """Writes `config.json`, `model.safetensors` and the model card `README.md`.
 
     Args:
         network: with `preprocessing` and `class_names` as the card and the configuration shall say them.
         folder: made where it is missing.
-        results: the run's `results.json`; None for weights that were not evaluated.
+        results: what was measured with these weights; None where nothing was.
 
     Raises:
         WeightsError: the network is no whole Xception.
     """
-    described = describe(network)
+    described = describe(network) | {"results": results}
     write_safetensors(folder / WEIGHT_FILES[0], network.state_dict(), described)
     write_text(folder / "config.json", json.dumps(timm_config(network, described), indent=2) + "\n")
-    write_text(folder / "README.md", model_card(network, described, results))
+    write_text(folder / "README.md", model_card(network, described["model"], results))
 
 
 def timm_config(network: Xception, described: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,59 +134,3 @@ def timm_config(network: Xception, described: Mapping[str, Any]) -> dict[str, An
     if network.class_names is not None:
         config["label_names"] = network.class_names
     return config
-
-
-def model_card(network: Xception, described: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
-    """The README of a repository: what the weights are, what they scored, how to use them."""
-    model, preprocessing = described["model"], network.preprocessing
-    scores = {name: value for name, value in (results or {}).items() if name.startswith("val_")}
-    table = ["| measure, held-out images | value |", "|---|---|"]
-    table += [f"| {name.removeprefix('val_')} | {_number(value)} |" for name, value in scores.items()]
-    numbers = "\n".join(table) if scores else "Not evaluated."
-    options = ", ".join(
-        f"{name} {model[name]}"
-        for name in ("width", "middle_blocks", "segments", "output_stride", "numerics")
-        if model[name] is not None
-    )
-    classes = (
-        ", ".join(network.class_names[:20]) + (", …" if len(network.class_names) > 20 else "")
-        if network.class_names
-        else "not named"
-    )
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    return f"""---
-library_name: xception_pl
-pipeline_tag: image-classification
-tags: [image-classification, xception, timm]
----
-
-# Xception
-
-[Xception](https://arxiv.org/abs/1610.02357) (Chollet, CVPR 2017), {parameters:,} parameters, {network.num_classes} classes: {classes}.
-Network: {options}.
-
-## Results
-
-{numbers}
-
-Images: evaluation crop `{preprocessing.eval_crop}`, {preprocessing.image_size} pixels a side, scaled to [-1, 1].
-
-## Use
-
-```python
-from xception_pl import load_network
-
-network = load_network("OWNER/NAME")  # or this folder; network.preprocessing, network.class_names
-```
-
-```python
-import timm
-import xception_pl  # makes the network known to timm
-
-network = timm.create_model("hf-hub:OWNER/NAME", pretrained=True)  # or local-dir:FOLDER
-```
-"""
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)

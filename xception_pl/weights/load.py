@@ -29,9 +29,10 @@ def load_network(source: str | Path | nn.Module, *, num_classes: int | None = No
 
     What the file is, its content says, not its name: a checkpoint or `averaged.safetensors` of a run, Keras' `.keras`,
     `.weights.h5` and `.h5`, any of timm's, Cadene's or tstandley's ports (also inside `state_dict`, or with prefixes such
-    as `module.`). Nothing in a file is executed. The network has the numerics of the weights' origin, how images were prepared for it
-    (`network.preprocessing`), the names of its classes (`network.class_names`, None where the file has none), and the loss that says
-    how its logits become probabilities (`network.loss`).
+    as `module.`). Nothing in a file is executed. The network has the numerics of the weights' origin, how images were prepared
+    for it (`network.preprocessing`), the names of its classes (`network.class_names`), the loss that says how its logits
+    become probabilities (`network.loss`), and what was measured with these weights (`network.results`). Names and results
+    are None where the file has none.
 
     Args:
         source: a file, a folder of a finished run or as the hub keeps it, the id of a repository of the hub (`owner/name`
@@ -53,7 +54,7 @@ def load_network(source: str | Path | nn.Module, *, num_classes: int | None = No
         has = f"has a logistic layer of {config.num_classes} outputs" if config.num_classes else "has no logistic layer"
         warnings.warn(f"{source} {has}: a new one of {num_classes}, not yet trained, takes its place", stacklevel=2)
         network.reset_classifier(num_classes)
-        network.class_names, network.loss = None, "cross_entropy"
+        network.class_names, network.loss, network.results = None, "cross_entropy", None
     return ready(network).eval()
 
 
@@ -69,7 +70,7 @@ def load_described(source: str | Path | nn.Module, *, raw: bool = False) -> tupl
             raise WeightsError(
                 f"{stored.source} holds one set of weights: leave out raw, which picks the one that is not averaged."
             )
-        stored.tensors = stored.raw_tensors
+        stored.tensors, stored.results = stored.raw_tensors, None  # which were measured with the averaged ones
     layout = OURS
     if stored.model is None or stored.model.name == "xception":
         stored.tensors, layout = _recognise(stored)
@@ -78,6 +79,7 @@ def load_described(source: str | Path | nn.Module, *, raw: bool = False) -> tupl
     network.preprocessing = stored.preprocessing or layout.preprocessing
     network.class_names = _class_names(stored, config.num_classes)
     network.loss = stored.loss
+    network.results = stored.results
     return config, network
 
 

@@ -9,6 +9,7 @@ from xception_pl.nets.xception import Xception
 from xception_pl.weights.hub import as_hub_id, fetch_weights, write_hub_folder
 from xception_pl.weights.load import load_network
 from xception_pl.weights.ready import ReadyXception
+from xception_pl.weights.results import fingerprint
 
 
 class PretrainedXception(ReadyXception, PyTorchModelHubMixin, library_name="xception_pl"):  # type: ignore[call-arg]
@@ -16,11 +17,17 @@ class PretrainedXception(ReadyXception, PyTorchModelHubMixin, library_name="xcep
 
     ``PretrainedXception.from_pretrained(folder_or_id)`` takes the weights of any format that
     :func:`xception_pl.load_network` knows there, and ``num_classes=``; `save_pretrained` and `push_to_hub` write the folder of
-    ``python -m xception_pl.export --to hub-folder``. A class of its own, so that networks need no hub library.
+    ``python -m xception_pl.export --to hub-folder``, with the numbers that came with the weights unless these have changed. A class
+    of its own, so that networks need no hub library.
     """
 
+    _measured: str | None = None
+    """Fingerprint of the weights that `results` were measured with."""
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        write_hub_folder(self, save_directory)
+        # trained on since, they are no longer those that were measured
+        same = self.results is not None and fingerprint(self) == self._measured
+        write_hub_folder(self, save_directory, self.results if same else None)
 
     @classmethod
     def _from_pretrained(
@@ -48,6 +55,8 @@ class PretrainedXception(ReadyXception, PyTorchModelHubMixin, library_name="xcep
         network = load_network(source, num_classes=num_classes)
         if not isinstance(network, Xception):
             raise ValueError(f"{model_id} holds a {type(network).__name__}, no Xception: use load_network")
-        network.__class__ = cls  # it has no state of its own
+        network.__class__ = cls
         assert isinstance(network, cls)
+        if network.results is not None:
+            network._measured = fingerprint(network)
         return network

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from xception_pl.durable import durable_write
 from xception_pl.weights.described import NAMES, read_description
-from xception_pl.weights.stored import Stored, WeightsError
+from xception_pl.weights.stored import Results, Stored, WeightsError
 
 if TYPE_CHECKING:
     from xception_pl.module import XceptionModule  # it takes seconds to import, and loading needs none of it
 
 
-def save_weights(module: "XceptionModule", path: Path) -> None:
-    """Writes the weights that are evaluated (averaged, where averaging is on) with model, classes, preprocessing and loss."""
+def save_weights(module: "XceptionModule", path: Path, results: Results | None = None) -> None:
+    """Writes the weights that are evaluated (averaged, where averaging is on) with model, classes, preprocessing, loss and results."""
     hparams = module.hparams
     described = {name: hparams[name] for name in ("model", "class_names", "preprocessing")}
-    described["loss"] = hparams["optim"]["loss"]
+    described |= {"loss": hparams["optim"]["loss"], "results": results}
     write_safetensors(path, module.evaluated.state_dict(), described)
 
 

@@ -9,6 +9,9 @@ from xception_pl.nets.config import ModelConfig
 from xception_pl.nets.preprocessing import Preprocessing
 from xception_pl.optim.config import Loss
 
+Results = dict[str, float | str]
+"""What was measured with weights: `images`, `top1`, `top5`, `loss` …, and in words `data`, the images, and `prepared`."""
+
 
 class WeightsError(ValueError):
     """A file of weights cannot be used. The message is for the user: which file, what is wrong, what to do."""
@@ -32,6 +35,7 @@ class Stored:
     class_names: list[str] | None = None
     loss: Loss = "cross_entropy"
     """What it was trained with, which says how logits become probabilities."""
+    results: Results | None = None
     raw_tensors: dict[str, Tensor] | None = field(default=None, repr=False)
     """The last step's weights, where `tensors` are averaged ones kept beside them."""
 

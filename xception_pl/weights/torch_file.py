@@ -49,7 +49,7 @@ def _of_our_run(content: Mapping[str, Any], hparams: Mapping[str, Any], source: 
     stored = Stored(source, "a checkpoint of a run", averaged or network, raw_tensors=network)
     optim = hparams.get("optim")
     loss = optim.get("loss") if isinstance(optim, Mapping) else None
-    read_description(stored, {**hparams, "loss": loss})
+    read_description(stored, {**hparams, "loss": loss, "results": content.get("results")})
     return stored
 
 
