@@ -262,12 +262,12 @@ static void fill(const struct left *l, int first, int count, const struct tile *
 /* ---- Products ---- */
 
 enum { LARGE = 1 << 21 }; /* floats of a map that is larger than what the caches should give to it */
-enum { CHUNK = 96 }; /* pixels over which a gradient of weights is summed at a time */
+enum { CHUNK = 128 }; /* pixels over which a gradient of weights is summed at a time */
 
 /* ROWS x PANEL sums over `count` steps; a step moves `a` by `forward` and its rows lie `apart`. The panel that lies
  * `ahead` comes next. */
 inline_always void multiply(int count, const float *a, long apart, long forward, const float *b, long ahead, float *out,
-                            long out_step, int add) {
+                            int add) {
   vec sum[ROWS][2];
   for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = (vec){0};
   for (int k = 0; k < count; k++) {
@@ -282,18 +282,22 @@ inline_always void multiply(int count, const float *a, long apart, long forward,
     a += forward;
     b += PANEL;
   }
-  for (int i = 0; i < ROWS; i++)
-    for (int j = 0; j < 2; j++) {
-      vec_loose *to = (vec_loose *)(out + i * out_step + j * WIDTH);
-      *to = add ? (vec)*to + sum[i][j] : sum[i][j];
-    }
+#pragma GCC unroll 6
+  for (int i = 0; i < ROWS; i++) {
+    vec *to = (vec *)(out + i * PANEL);
+    to[0] = add ? to[0] + sum[i][0] : sum[i][0];
+    to[1] = add ? to[1] + sum[i][1] : sum[i][1];
+  }
 }
 static __attribute__((noinline)) void multiply_rows(int depth, const float *a, long step, const float *b, float *out) {
-  multiply(depth, a, step, 1, b, (long)depth * PANEL, out, PANEL, 0);
+  multiply(depth, a, step, 1, b, (long)depth * PANEL, out, 0);
 }
 static __attribute__((noinline)) void multiply_columns(int count, const float *a, long step, const float *b, float *out,
-                                                       long out_step, int add) {
-  multiply(count, a, 1, step, b, PANEL * CHUNK, out, out_step, add);
+                                                       int add) {
+  if (add)
+    multiply(count, a, 1, step, b, PANEL * CHUNK, out, 1);
+  else
+    multiply(count, a, 1, step, b, PANEL * CHUNK, out, 0);
 }
 
 /* The right-hand side of a product in panels of PANEL columns, row by row, with zeros after the last column.
@@ -656,12 +660,13 @@ void depthwise_backward(const struct depthwise_gradient *d, int threads) {
 }
 
 /* How the gradient of a product's right-hand side is cut: `rows` (a GRADIENT's channels) by `columns` (the left-hand
- * side's) in blocks, over segments of the pixels where blocks alone would be few. */
+ * side's) in blocks, over segments of the pixels where blocks alone would be few. A block's columns of the left-hand
+ * side, over a chunk of pixels, and a strip of its rows fit the second-level cache together; its sums need not. */
 struct cut {
   int block_rows, block_columns, tall, wide, segments, chunks; /* chunks of CHUNK pixels a segment */
-  long floats;                                                 /* of the partial sums */
+  long block, floats;                                          /* of a block's sums, of all partial sums */
 };
-enum { BLOCK = 384 };
+enum { BLOCK = 768, STRIP = 192 };
 
 static struct cut cut(int rows, int columns, int count) {
   struct cut k;
@@ -669,20 +674,21 @@ static struct cut cut(int rows, int columns, int count) {
   k.block_columns = over(over(columns, over(columns, BLOCK)), PANEL) * PANEL;
   k.tall = over(rows, k.block_rows), k.wide = over(columns, k.block_columns);
   int all = over(count, CHUNK);
-  k.segments = larger(1, smaller(over(32, k.tall * k.wide), all / 8));
+  k.segments = larger(1, smaller(over(32, k.tall * k.wide), all / 4));
   k.chunks = over(all, k.segments);
   k.segments = over(all, k.chunks);
-  k.floats = (long)k.segments * k.tall * k.block_rows * k.wide * k.block_columns;
+  k.block = (long)k.block_rows * k.block_columns;
+  k.floats = k.segments * k.tall * k.wide * k.block;
   return k;
 }
 long weight_gradient_floats(int rows, int columns, int count) { return cut(rows, columns, count).floats; }
 
-/* out (rows, columns) = the transpose of the map that `gradient` gives, times `left`. `parts`: weight_gradient_floats.
- * Returns 0, or 1 when memory is short. */
+/* out (rows, columns) = the transpose of the map that `gradient` gives, times `left`. `parts`: weight_gradient_floats,
+ * each block's sums in panels of columns. Returns 0, or 1 when memory is short. */
 int weight_gradient(const struct left *left, const struct left *gradient, float *parts, float *out, int threads) {
   int rows = gradient->channels, columns = depth(left), count = pixels(left), failed = 0;
   struct cut k = cut(rows, columns, count);
-  long step = k.block_rows + WIDTH, whole = (long)k.wide * k.block_columns, plane = whole * k.tall * k.block_rows;
+  long step = smaller(STRIP, k.block_rows) + WIDTH, panel = (long)k.block_rows * PANEL;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     size_t a_floats = (size_t)CHUNK * step, b_floats = (size_t)CHUNK * k.block_columns;
@@ -693,18 +699,23 @@ int weight_gradient(const struct left *left, const struct left *gradient, float 
     for (int task = 0; task < k.segments * k.tall * k.wide; task++) {
       if (failed) continue;
       int segment = task / (k.tall * k.wide), block = task % (k.tall * k.wide);
-      int row = block / k.wide * k.block_rows, column = block % k.wide * k.block_columns;
-      int tall = smaller(k.block_rows, rows - row), wide = smaller(k.block_columns, columns - column);
-      float *part = parts + segment * plane + row * whole + column;
-      struct tile ta = {a, step, 0, row}, tb = {b, PANEL, CHUNK * PANEL, column};
+      int top = block / k.wide * k.block_rows, bottom = smaller(rows, top + k.block_rows);
+      int column = block % k.wide * k.block_columns, wide = smaller(k.block_columns, columns - column);
+      float *part = parts + task * k.block;
+      struct tile tb = {b, PANEL, CHUNK * PANEL, column};
       for (int chunk = segment * k.chunks; chunk < (segment + 1) * k.chunks; chunk++) {
         int first = chunk * CHUNK, here = smaller(CHUNK, count - first);
         if (here <= 0) break;
-        fill(gradient, first, here, &ta, row, row + tall);
         fill(left, first, here, &tb, column, column + wide);
-        for (int n = 0; n < wide; n += PANEL)
-          for (int m = 0; m < tall; m += ROWS)
-            multiply_columns(here, a + m, step, b + n * CHUNK, part + m * whole + n, whole, chunk > segment * k.chunks);
+        for (int row = top; row < bottom; row += STRIP) {
+          int end = smaller(bottom, row + STRIP);
+          struct tile ta = {a, step, 0, row};
+          fill(gradient, first, here, &ta, row, end);
+          for (int n = 0; n < wide; n += PANEL)
+            for (int m = row; m < end; m += ROWS)
+              multiply_columns(here, a + m - row, step, b + n * CHUNK, part + n / PANEL * panel + (m - top) * PANEL,
+                               chunk > segment * k.chunks);
+        }
       }
     }
     free(a);
@@ -714,9 +725,10 @@ int weight_gradient(const struct left *left, const struct left *gradient, float 
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int row = 0; row < rows; row++)
     EACH_VECTOR(0, columns, {
+      int block = row / k.block_rows * k.wide + c / k.block_columns, column = c % k.block_columns;
+      const float *part = parts + block * k.block + column / PANEL * panel + row % k.block_rows * PANEL + column % PANEL;
       vec sum = {0};
-      for (int segment = 0; segment < k.segments; segment++)
-        sum += load(parts + segment * plane + row * whole + c, lanes);
+      for (int segment = 0; segment < k.segments; segment++) sum += load(part + segment * k.tall * k.wide * k.block, lanes);
       store(out + (long)row * columns + c, sum, lanes);
     });
   return 0;
