@@ -486,10 +486,12 @@ void gradient_map(const struct left *l, float *out, int threads) {
 /* Sums over tasks, in their order. */
 static void join(const float *parts, int tasks, long floats, float *out, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (long i = 0; i < floats; i++) {
-    double sum = 0;
-    for (int task = 0; task < tasks; task++) sum += parts[task * floats + i];
-    out[i] = (float)sum;
+  for (long from = 0; from < floats; from += 64) {
+    double sums[64] = {0};
+    int here = floats - from < 64 ? (int)(floats - from) : 64;
+    for (int task = 0; task < tasks; task++)
+      for (int i = 0; i < here; i++) sums[i] += parts[task * floats + from + i];
+    for (int i = 0; i < here; i++) out[from + i] = (float)sums[i];
   }
 }
 
@@ -609,6 +611,11 @@ inline_always void depthwise_span(const struct depthwise_gradient *d, int row, i
     added += ((long)(row / H * over(H, s) + y / s) * over(W, s)) * C + c;
   else
     added = NULL;
+  for (int x = x0; x < smaller(W, x0 + SPAN) && c % PANEL == 0; x++) { /* the cache's next line of each new row */
+    __builtin_prefetch(from[0] + x * step[0] + PANEL);
+    __builtin_prefetch(in + (long)x * C + PANEL);
+    __builtin_prefetch(out + (long)x * C + PANEL, 1);
+  }
   /* Twice over the span, so that the taps' weights and then their nine sums stay in registers. */
 #define EACH_NEIGHBOUR(inside, ...)                          \
   for (int j = 0; j < 3; j++) {                              \
