@@ -138,6 +138,8 @@ inline_always float *place(const struct tile *t, int column) {
   return t->panel ? t->at + column / PANEL * t->panel + column % PANEL : t->at + column;
 }
 
+enum { AHEAD = 12 }; /* columns */
+
 /* Pixels [x0, x1) of row y of a depthwise 3 x 3 convolution, for `group` vectors of channels: a line of the cache at a
  * time. Every column of the input is read once for each row of the kernel, and takes part in the three sums that it
  * belongs to. */
@@ -174,7 +176,9 @@ inline_always void depthwise_group(const struct left *l, const float *image, int
       next[n] = SUM(0);
     }
     int x = start;
-    for (; x < x1 && x + d < W; x += d)
+    for (; x < x1 && x + d < W; x += d) { /* the lines that come some columns later, or in the next vectors of channels */
+      long far = x + AHEAD < x1 ? (long)(x + AHEAD) * C : (long)(x + AHEAD - (x1 - x0)) * C + group * WIDTH;
+      for (int i = 0; i < 3; i++) __builtin_prefetch(row[i] + far);
 #pragma GCC unroll 2
       for (int n = 0; n < group; n++) {
         COLUMN(x + d)
@@ -182,6 +186,7 @@ inline_always void depthwise_group(const struct left *l, const float *image, int
         now[n] = next[n] + SUM(1);
         next[n] = SUM(0);
       }
+    }
     if (x < x1)
       for (int n = 0; n < group; n++) store(out + (x - x0) * step + n * WIDTH, now[n], lanes);
   }
