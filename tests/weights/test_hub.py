@@ -1,6 +1,7 @@
 """Repositories of weights, on a hub of this machine: fetched, pushed, read by timm."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
 from tests.loopback_hub import LoopbackHub, status
 from tests.weights.conftest import SMALL, outputs, randomise, smooth_images
@@ -167,6 +169,110 @@ def test_a_network_of_the_hub_keeps_its_numbers_until_it_is_trained_on(named: Xc
     assert load_network(tmp_path / "c").results is None
     with pytest.warns(UserWarning, match="new one of 3"):
         assert load_network(tmp_path / "a", num_classes=3).results is None
+
+
+def foreign(folder: Path, state: dict[str, torch.Tensor], config: dict[str, object]) -> Path:
+    """A repository as others leave it: names of timm, no description."""
+    folder.mkdir(exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs() -> torch.nn.Module:
+    return randomise(timm.create_model("legacy_xception", num_classes=3))
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def test_what_timm_writes_has_class_names_and_preprocessing(
+    theirs: torch.nn.Module, tmp_path: Path, quiet: None
+) -> None:
+    config = {"label_names": ["ant", "bee", "cat"], "pretrained_cfg": {"input_size": [3, 224, 224]}}
+    timm.models.save_for_hf(theirs, tmp_path / "timms", model_config=config, safe_serialization=True)
+    network = load_network(tmp_path / "timms")
+    assert network.class_names == ["ant", "bee", "cat"]
+    assert network.loss == "cross_entropy"
+    assert network.preprocessing == Preprocessing(image_size=224, eval_crop="timm")
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "loss"),
+    [
+        ({"id2label": {"0": "ant", "1": "bee", "2": "cat"}}, ["ant", "bee", "cat"], "cross_entropy"),
+        ({"id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}}, None, "cross_entropy"),
+        ({"label_names": {"0": "ant", "2": "cat"}}, ["ant", "1", "cat"], "cross_entropy"),  # timm: with gaps
+        ({"pretrained_cfg": {"label_names": ["a", "b", "c"]}}, ["a", "b", "c"], "cross_entropy"),
+        ({"id2label": {"0": "x", "1": "y", "2": "z"}, "problem_type": "multi_label_classification"}, ["x", "y", "z"], "sigmoid"),
+        ({"id2label": {"zero": "ant"}}, None, "cross_entropy"),
+        ({"id2label": {"0": "a", "99999999": "b"}}, None, "cross_entropy"),
+        ({"label_names": [1, 2, 3]}, None, "cross_entropy"),
+        ({"label_names": "ant"}, None, "cross_entropy"),
+        ({"pretrained_cfg": [], "id2label": []}, None, "cross_entropy"),
+    ],
+)  # fmt: skip
+def test_class_names_and_loss_of_foreign_repositories(
+    theirs: torch.nn.Module, tmp_path: Path, config: dict[str, object], names: list[str] | None, loss: str, quiet: None
+) -> None:
+    network = load_network(foreign(tmp_path / "a", theirs.state_dict(), config))
+    assert (network.class_names, network.loss) == (names, loss)
+    assert network.preprocessing == Preprocessing(eval_crop="timm")
+
+
+def test_a_foreign_repository_of_the_hub(
+    hub: LoopbackHub, theirs: torch.nn.Module, tmp_path: Path, quiet: None
+) -> None:
+    foreign(hub.folder, theirs.state_dict(), {"id2label": {"0": "ant", "1": "bee", "2": "cat"}})
+    assert load_network(REPO).class_names == ["ant", "bee", "cat"]
+    assert hub.reads == {"model.safetensors": 1, "config.json": 1}
+    assert PretrainedXception.from_pretrained(REPO).class_names == ["ant", "bee", "cat"]
+
+
+def test_foreign_weights_need_no_configuration(
+    hub: LoopbackHub, theirs: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign(hub.folder, theirs.state_dict(), {})
+    (hub.folder / "config.json").unlink()
+    assert load_network(REPO).class_names is None
+    for marker in (tmp_path / "cache").rglob(".no_exist/*/config.json"):
+        marker.unlink()  # what the client notes of files that are not there
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.warns(UserWarning, match="class names and preprocessing are left out"):
+        assert load_network(REPO).num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"label_names": ["ant"]}, "names 1 classes, and the network has 3 outputs: the names are left out"),
+        ({"pretrained_cfg": {"crop_pct": 0.95}}, "was evaluated with crop_pct 0.95, which is none of our crops: timm is taken"),
+        ({"pretrained_cfg": {"mean": [0.485, 0.456, 0.406]}}, r"scaled by mean \[0.485, 0.456, 0.406\]: here they are scaled to"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_in_a_foreign_configuration_is_said(
+    theirs: torch.nn.Module, tmp_path: Path, config: dict[str, object], sentence: str
+) -> None:
+    folder = foreign(tmp_path / "a", theirs.state_dict(), config)
+    with pytest.warns(UserWarning, match=sentence):
+        assert load_network(folder).class_names is None
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 200_000, "[]"])
+def test_a_broken_configuration_leaves_the_weights(theirs: torch.nn.Module, tmp_path: Path, text: str) -> None:
+    folder = foreign(tmp_path / "a", theirs.state_dict(), {})
+    (folder / "config.json").write_text(text)
+    with pytest.warns(UserWarning, match=r"config.json cannot be read as a configuration"):
+        assert load_network(folder).num_classes == 3
 
 
 def test_timm_reads_folder_and_repository(hub: LoopbackHub, named: Xception) -> None:

@@ -17,7 +17,7 @@ from xception_pl.weights.stored import Results, WeightsError
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """What a repository may call its weights, the best first."""
 
-_CROPS: dict[str, dict[str, Any]] = {
+CROPS: dict[str, dict[str, Any]] = {
     "tf-slim": {"crop_pct": 0.875, "interpolation": "bilinear", "crop_mode": "center"},
     "timm": {"crop_pct": 0.8975, "interpolation": "bicubic", "crop_mode": "center"},
     "keras": {"crop_pct": 1.0, "interpolation": "nearest", "crop_mode": "squash"},
@@ -42,6 +42,15 @@ def fetch_weights(hub_id: tuple[str, str | None], **options: Any) -> Path:
     Raises:
         WeightsError: there is no such repository, or it has no weights, is not for this user, or cannot be reached.
     """
+    for name in WEIGHT_FILES:
+        found = fetch(hub_id, name, **options)
+        if found is not None:
+            return found
+    raise WeightsError(f"the repository {hub_id[0]} has no {' or '.join(WEIGHT_FILES)}.")
+
+
+def fetch(hub_id: tuple[str, str | None], name: str, **options: Any) -> Path | None:
+    """A file of a repository, as `fetch_weights`; None where the repository has none of this name."""
     from huggingface_hub import get_session, hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -57,34 +66,28 @@ def fetch_weights(hub_id: tuple[str, str | None], **options: Any) -> Path:
     # the client went from requests to httpx to httpx2: ask its session whose errors it raises
     library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
     unanswered = getattr(library, "TransportError", None) or library.RequestException
-    for name in WEIGHT_FILES:
-        try:
-            return Path(hf_hub_download(repo, name, revision=revision, **options))
-        except LocalEntryNotFoundError as error:
-            raise WeightsError(
-                f"the hub cannot be reached for {repo}, which is not in its cache here: try again."
-            ) from error
-        except EntryNotFoundError:
-            continue
-        except GatedRepoError as error:
-            raise WeightsError(
-                f"{repo} is gated: accept its terms on the hub and log in with `hf auth login`."
-            ) from error
-        except RepositoryNotFoundError as error:
-            raise WeightsError(
-                f"there is no file {repo}, and no repository of the hub of this name, or it is private: log in with `hf auth login`."
-            ) from error
-        except RevisionNotFoundError as error:
-            raise WeightsError(f"the repository {repo} has no revision {revision}.") from error
-        except HFValidationError as error:
-            raise WeightsError(f"there is no file {repo}, and the hub takes no such name.") from error
-        except HfHubHTTPError as error:
-            raise WeightsError(
-                f"the hub refuses {repo} with status {error.response.status_code}: try again."
-            ) from error
-        except unanswered as error:
-            raise WeightsError(f"the hub does not answer for {repo} ({type(error).__name__}): try again.") from error
-    raise WeightsError(f"the repository {repo} has no {' or '.join(WEIGHT_FILES)}.")
+    try:
+        return Path(hf_hub_download(repo, name, revision=revision, **options))
+    except LocalEntryNotFoundError as error:
+        raise WeightsError(
+            f"the hub cannot be reached for {repo}, whose {name} is not in its cache here: try again."
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except GatedRepoError as error:
+        raise WeightsError(f"{repo} is gated: accept its terms on the hub and log in with `hf auth login`.") from error
+    except RepositoryNotFoundError as error:
+        raise WeightsError(
+            f"there is no file {repo}, and no repository of the hub of this name, or it is private: log in with `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise WeightsError(f"the repository {repo} has no revision {revision}.") from error
+    except HFValidationError as error:
+        raise WeightsError(f"there is no file {repo}, and the hub takes no such name.") from error
+    except HfHubHTTPError as error:
+        raise WeightsError(f"the hub refuses {repo} with status {error.response.status_code}: try again.") from error
+    except unanswered as error:
+        raise WeightsError(f"the hub does not answer for {repo} ({type(error).__name__}): try again.") from error
 
 
 def write_hub_folder(network: Xception, folder: Path, results: Results | None = None) -> None:
@@ -128,7 +131,7 @@ def timm_config(network: Xception, described: Mapping[str, Any]) -> dict[str, An
             "num_classes": network.num_classes,
             "first_conv": "block1.conv1",
             "classifier": "fc",
-            **_CROPS[network.preprocessing.eval_crop],
+            **CROPS[network.preprocessing.eval_crop],
         },
     }
     if network.class_names is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from xception_pl.nets.config import ModelConfig
 from xception_pl.nets.create import create_network
 from xception_pl.nets.xception import Xception
+from xception_pl.weights.foreign import use_config
 from xception_pl.weights.infer import infer_model
 from xception_pl.weights.keras import KERAS
 from xception_pl.weights.layout import OURS, Layout
@@ -76,7 +77,7 @@ def load_described(source: str | Path | nn.Module, *, raw: bool = False) -> tupl
         stored.tensors, layout = _recognise(stored)
     config = stored.model or infer_model(stored, layout)
     network = _with_tensors(config, stored, layout)
-    network.preprocessing = stored.preprocessing or layout.preprocessing
+    network.preprocessing = stored.preprocessing or use_config(stored, config.num_classes, layout.preprocessing)
     network.class_names = _class_names(stored, config.num_classes)
     network.loss = stored.loss
     network.results = stored.results

@@ -51,7 +51,7 @@ class PretrainedXception(ReadyXception, PyTorchModelHubMixin, library_name="xcep
                 force_download=force_download,
                 local_files_only=local_files_only,
                 token=token,
-            )
+            ).parent  # with the config.json that the mixin has fetched by now
         network = load_network(source, num_classes=num_classes)
         if not isinstance(network, Xception):
             raise ValueError(f"{model_id} holds a {type(network).__name__}, no Xception: use load_network")

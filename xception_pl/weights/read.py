@@ -1,12 +1,14 @@
 """Which reader a file needs, by what it contains."""
 
 import struct
+import warnings
 import zipfile
 from pathlib import Path
 
 from torch import nn
 
-from xception_pl.weights.hub import WEIGHT_FILES, as_hub_id, fetch_weights
+from xception_pl.weights.foreign import read_config
+from xception_pl.weights.hub import WEIGHT_FILES, as_hub_id, fetch, fetch_weights
 from xception_pl.weights.keras import WEIGHTS_MEMBER, read_keras_archive, read_keras_hdf5
 from xception_pl.weights.safetensors import read_safetensors
 from xception_pl.weights.stored import Stored, WeightsError
@@ -25,14 +27,30 @@ def read_weights(source: str | Path | nn.Module) -> Stored:
     if isinstance(source, nn.Module):
         return Stored(f"the given {type(source).__name__}", "a network", source.state_dict())
     path = Path(source).expanduser()
+    hub_id = None if path.exists() else as_hub_id(str(source))
     if path.is_dir():
-        path = _in_folder(path)
-    elif not path.exists():
-        hub_id = as_hub_id(str(source))
-        if hub_id is None:
-            raise WeightsError(f"there is no file {source}, and no repository of the hub is called so.")
-        path = fetch_weights(hub_id)
-    return _read_file(path, str(source))
+        file = _in_folder(path)
+    elif hub_id is not None:
+        file = fetch_weights(hub_id)
+    elif path.exists():
+        return _read_file(path, str(source))
+    else:
+        raise WeightsError(f"there is no file {source}, and no repository of the hub is called so.")
+    stored = _read_file(file, str(source))
+    if stored.preprocessing is None:  # ours describe themselves
+        config = path / "config.json" if hub_id is None else _fetch_config(hub_id)
+        if config is not None and config.is_file():
+            stored.config = read_config(config)
+    return stored
+
+
+def _fetch_config(hub_id: tuple[str, str | None]) -> Path | None:
+    """The repository's configuration; weights that are in the cache can be used where the hub cannot be asked for it."""
+    try:
+        return fetch(hub_id, "config.json")
+    except WeightsError as error:
+        warnings.warn(f"{str(error).rstrip('.')}; class names and preprocessing are left out", stacklevel=4)
+        return None
 
 
 def _in_folder(folder: Path) -> Path:

@@ -1,7 +1,9 @@
 """What a weight file holds, before a network is made of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from typing import Any
 
 from torch import Tensor
 
@@ -36,6 +38,8 @@ class Stored:
     loss: Loss = "cross_entropy"
     """What it was trained with, which says how logits become probabilities."""
     results: Results | None = None
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """What the `config.json` beside it says, of a repository that is not ours."""
     raw_tensors: dict[str, Tensor] | None = field(default=None, repr=False)
     """The last step's weights, where `tensors` are averaged ones kept beside them."""
 
