@@ -1,6 +1,9 @@
 """One recipe on 1, 2 and 4 ranks, and in accumulated batches: the same run, in float64 to 1e-9 over 20 steps."""
 
 import csv
+import os
+import signal
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -23,20 +26,25 @@ run: {tensorboard: false}
 """
 
 
-def train(rank: int, argv: list[str]) -> dict[str, Any]:
-    """A run of the command; which images this rank saw in each batch, and the first step's batches and gradients."""
+def train(rank: int, argv: list[str], stop: int | None) -> dict[str, Any]:
+    """A run of the command; what this rank saw: (step, images, loss) of each batch, the first step's batches and gradients.
+
+    The last rank gets a signal in step `stop`.
+    """
     from xception_pl.fit import main
     from xception_pl.module import XceptionModule
 
-    seen: dict[str, Any] = {"ids": [], "losses": [], "batches": [], "gradients": None}
+    seen: dict[str, Any] = {"seen": [], "batches": [], "gradients": None}
     original = XceptionModule.training_step
 
     def training_step(self: XceptionModule, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
-        seen["ids"].append(batch["id"].tolist())
-        if self.trainer.global_step == 0:
+        step = self.trainer.global_step
+        if step == 0:
             seen["batches"].append((batch["image"].clone(), batch["label"].clone()))
+        if step + 1 == stop and rank == self.trainer.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         loss = original(self, batch, index)
-        seen["losses"].append(loss.item())
+        seen["seen"].append((step, batch["id"].tolist(), loss.item()))
         return loss
 
     def on_before_optimizer_step(self: XceptionModule, optimizer: Any) -> None:
@@ -52,35 +60,47 @@ def train(rank: int, argv: list[str]) -> dict[str, Any]:
 
 
 class Run:
-    """What a job of some ranks left behind."""
+    """What a job of some ranks left behind, or one that was stopped and went on with other ranks.
 
-    def __init__(self, folder: Path, world: int, *overrides: str) -> None:
+    Args:
+        worlds: Ranks of each start.
+        stops: After which step each start but the last ends, by a signal to its last rank.
+    """
+
+    def __init__(self, folder: Path, worlds: tuple[int, ...], *overrides: str, stops: tuple[int, ...] = ()) -> None:
         folder.mkdir()
         (folder / "tiny.yaml").write_text(RECIPE)
-        self.folder = folder
-        self.ranks = on_ranks(world, train, folder, ["tiny.yaml", *overrides])
-        assert [rank["code"] for rank in self.ranks] == [0] * world, printed(folder, "err")
-        (self.run,) = folder.glob("runs/tiny/*")  # one folder for all
+        self.folder, self.run = folder, folder / "run"  # one folder for all
+        argv = ["tiny.yaml", "--into=run", "--resume=auto", *overrides]
+        self.starts = []
+        for world, stop in zip(worlds, (*stops, None), strict=True):
+            ranks = on_ranks(world, train, folder, argv, stop)
+            code = 0 if stop is None else 128 + signal.SIGTERM
+            assert [rank["code"] for rank in ranks] == [code] * world, printed(folder, "err")
+            self.starts.append(ranks)
+        self.ranks = self.starts[-1]
         self.state = torch.load(self.run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         with open(self.run / "metrics.csv", newline="") as file:
             self.rows = list(csv.DictReader(file))
-
-    def losses(self, micro_batches: int = 1) -> list[float]:
+        self.batches: dict[int, list[list[int]]] = defaultdict(list)
+        """Of each step: the images of its micro-batches, ranks side by side in each."""
+        losses: dict[int, list[float]] = defaultdict(list)
+        for ranks in self.starts:
+            for together in zip(*(rank["seen"] for rank in ranks), strict=True):
+                for step, ids, loss in together:
+                    self.batches[step].append(ids)
+                    losses[step].append(loss)
+        self.losses = [fmean(losses[step]) for step in sorted(losses)]
         """Of each step: the mean over its micro-batches, on all ranks."""
-        every = [rank["losses"] for rank in self.ranks]
-        starts = range(0, len(every[0]), micro_batches)
-        return [fmean(x for losses in every for x in losses[i : i + micro_batches]) for i in starts]
 
     @property
     def rates(self) -> list[str]:
         return [row["lr"] for row in self.rows if row["lr"]]
 
-    def global_batches(self, micro_batches: int = 1) -> list[list[int]]:
-        """Images of each step: those of each rank's micro-batches, ranks side by side in each."""
-        every = [rank["ids"] for rank in self.ranks]
-        together = [sum(parts, start=[]) for parts in zip(*every, strict=True)]  # noqa: RUF017
-        starts = range(0, len(together), micro_batches)
-        return [sum(together[start : start + micro_batches], start=[]) for start in starts]  # noqa: RUF017
+    @property
+    def global_batches(self) -> list[list[int]]:
+        """Images of each step."""
+        return [[i for ids in self.batches[step] for i in ids] for step in sorted(self.batches)]
 
 
 @pytest.fixture(scope="module")
@@ -88,19 +108,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("equivalence")
 
     @cache
-    def run(world: int, *overrides: str) -> Run:
-        return Run(folder / "_".join([str(world), *overrides]).replace("/", "_"), world, *overrides)
+    def run(*worlds: int, more: tuple[str, ...] = (), stops: tuple[int, ...] = ()) -> Run:
+        name = "_".join([*map(str, worlds), *more]).replace("/", "_")
+        return Run(folder / name, worlds, *more, stops=stops)
 
     return run
 
 
-SYNC = "--trainer.sync_batchnorm=true"
+SYNC = ("--trainer.sync_batchnorm=true",)
 
 
-def assert_same_run(one: Run, other: Run, micro_batches: int = 1) -> None:
-    assert [sorted(ids) for ids in one.global_batches()] == [sorted(x) for x in other.global_batches(micro_batches)]
-    assert len(one.losses()) == 20
-    assert one.losses() == pytest.approx(other.losses(micro_batches), rel=0, abs=1e-9)
+def assert_same_run(one: Run, other: Run) -> None:
+    assert [sorted(ids) for ids in one.global_batches] == [sorted(ids) for ids in other.global_batches]
+    assert len(one.losses) == 20
+    assert one.losses == pytest.approx(other.losses, rel=0, abs=1e-9)
     assert one.rates == other.rates
     assert one.state.keys() == other.state.keys()
     for name, value in one.state.items():
@@ -110,18 +131,34 @@ def assert_same_run(one: Run, other: Run, micro_batches: int = 1) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_with_synchronised_batch_norm_the_world_changes_nothing(runs: Any, world: int) -> None:
-    alone, together = runs(1), runs(world, SYNC)
-    assert alone.global_batches() == together.global_batches()
+    alone, together = runs(1), runs(world, more=SYNC)
+    assert alone.global_batches == together.global_batches
     assert_same_run(alone, together)
 
 
 def test_accumulated_batches_equal_ranks(runs: Any) -> None:
     """Of two images each, on one, two and four ranks: weights, averaged weights and running statistics."""
-    accumulated = runs(1, "--trainer.max_device_batch=2")
-    assert_same_run(runs(4), accumulated, micro_batches=4)
-    assert_same_run(runs(4), runs(2, "--trainer.max_device_batch=2"), micro_batches=2)
+    most = ("--trainer.max_device_batch=2",)
+    assert_same_run(runs(4), runs(1, more=most))
+    assert_same_run(runs(4), runs(2, more=most))
     # and it is not the same as one batch of eight: there batch norm sees other batches
-    assert runs(1).losses() != pytest.approx(runs(4).losses(), abs=1e-6)
+    assert runs(1).losses != pytest.approx(runs(4).losses, abs=1e-6)
+
+
+@pytest.mark.parametrize("worlds", [(2, 1), (1, 2)], ids=["to fewer", "to more"])
+def test_a_run_that_goes_on_with_other_ranks_inside_an_epoch_is_the_same(runs: Any, worlds: tuple[int, ...]) -> None:
+    """The same images in each global batch, the same rates, and all that follows from them."""
+    moved = runs(*worlds, more=SYNC, stops=(13,))
+    assert [len(ranks) for ranks in moved.starts] == list(worlds)
+    assert [step for step, _, _ in moved.ranks[0]["seen"]] == list(range(13, 20))  # no step is made again
+    assert moved.global_batches == runs(1).global_batches
+    assert_same_run(moved, runs(1))
+
+
+def test_a_run_that_goes_on_with_fewer_ranks_accumulates_more(runs: Any) -> None:
+    moved = runs(2, 1, more=("--trainer.max_device_batch=4",), stops=(13,))
+    assert [step for step, _, _ in moved.ranks[0]["seen"]] == sorted([*range(13, 20)] * 2)
+    assert_same_run(moved, runs(2))
 
 
 def test_with_batch_norm_of_each_rank_gradients_are_the_mean_of_the_ranks(runs: Any) -> None:
@@ -150,11 +187,11 @@ def test_metrics_are_logged_once_and_count_all_ranks(runs: Any) -> None:
 
 
 def test_compressed_gradients_are_rounded_to_bfloat16(runs: Any) -> None:
-    plain, compressed = runs(2, SYNC), runs(2, SYNC, "--trainer.compress_gradients=true")
+    plain, compressed = runs(2, more=SYNC), runs(2, more=(*SYNC, "--trainer.compress_gradients=true"))
     assert all(
         torch.equal(value, value.bfloat16().double()) for value in compressed.ranks[0]["gradients"].values()
     )  # the mean of two ranks, rounded
     for name, value in compressed.ranks[0]["gradients"].items():
         exact = plain.ranks[0]["gradients"][name]
         torch.testing.assert_close(value, exact, rtol=0, atol=0.02 * float(exact.abs().max()), msg=name)
-    assert compressed.losses() != plain.losses()
+    assert compressed.losses != plain.losses

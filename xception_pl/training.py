@@ -257,6 +257,8 @@ def train(
 
 def _fit_and_evaluate(prepared: Prepared, trainer: Trainer, log: RunLog) -> None:
     checkpoint = None if prepared.resumed is None else prepared.resumed.checkpoint
+    # Lightning converts the module after it has loaded the checkpoint: float64 weights would be rounded to float32.
+    trainer.strategy.precision_plugin.convert_module(prepared.module)
     trainer.fit(prepared.module, datamodule=prepared.data, ckpt_path=checkpoint, weights_only=True)
     if log.validated_step != trainer.global_step:  # the last epoch was not one of those that are validated
         trainer.validate(prepared.module, datamodule=prepared.data, verbose=False)

@@ -120,6 +120,7 @@ def test_a_signal_before_the_first_step_is_not_lost(
     [
         {"data.workers": "2"},
         {"trainer.max_steps": "12"},
+        {"trainer.precision": "64-true"},
         {
             "trainer.accumulate_grad_batches": "2",
             "trainer.limit_train_batches": "12",
