@@ -4,6 +4,7 @@ The hub itself is `xception_pl.bench.loopback`: the data benchmark reads from it
 """
 
 import base64
+import itertools
 import json
 import threading
 import time
@@ -66,19 +67,24 @@ class LoopbackHub(loopback.LoopbackHub):
         return {"commitUrl": commit, "commitOid": self.commit, "hookOutput": ""}
 
     def attract(self, patch: pytest.MonkeyPatch, home: Path) -> None:
-        """Turn the hub's client of this process here: what HF_ENDPOINT does when it is set before the first import."""
-        patch.setattr(huggingface_hub.constants, "ENDPOINT", self.url)
-        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
-        patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home))
-        patch.setattr(datasets.config, "HF_ENDPOINT", self.url)
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", home)
-        patch.setattr(fetch, "_FIRST_WAIT", 0.01)
-        patch.setattr(fetch, "_LONGEST_WAIT", 0.02)
-        patch.delenv("HF_TOKEN", raising=False)
-        huggingface_hub.HfFileSystem.clear_instance_cache()
-        fetch.faults.clear()
-        fetch._etags.clear()
+        """Turn the hub's client of this process here."""
+        attract(self.url, patch, home)
+
+
+def attract(url: str, patch: pytest.MonkeyPatch, home: Path) -> None:
+    """Turn the hub's client of this process to a hub: what HF_ENDPOINT does when it is set before the first import."""
+    patch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home))
+    patch.setattr(datasets.config, "HF_ENDPOINT", url)
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", home)
+    patch.setattr(fetch, "_FIRST_WAIT", 0.01)
+    patch.setattr(fetch, "_LONGEST_WAIT", 0.02)
+    patch.delenv("HF_TOKEN", raising=False)
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    fetch.faults.clear()
+    fetch._etags.clear()
 
 
 def sometimes(every: int, fault: Fault, at_most: int = 10**9) -> Fault:
@@ -91,6 +97,16 @@ def sometimes(every: int, fault: Fault, at_most: int = 10**9) -> Fault:
             hit = count[0] % every == 0 and count[1] < at_most
             count[1] += hit
         return hit and fault(request, data)
+
+    return maybe
+
+
+def of(token: str, fault: Fault, after: int = 0) -> Fault:
+    """A fault for those alone who come with this token, at each read after so many."""
+    count = itertools.count()
+
+    def maybe(request: BaseHTTPRequestHandler, data: bytes) -> bool:
+        return request.headers["Authorization"] == f"Bearer {token}" and next(count) >= after and fault(request, data)
 
     return maybe
 

@@ -87,6 +87,7 @@ def _rank(
         os.dup2(opened, stream.fileno())
     import torch
 
+    multiprocessing.set_start_method(None, force=True)  # loader workers are forked, as in a process that nobody forked
     torch.set_num_threads(1)
     result = folder / f"result {rank}"
     result.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from xception_pl.data.errors import DataError, SourceUnreachable
 from xception_pl.durable import CannotWrite
 from xception_pl.module import XceptionModule
 from xception_pl.recipe import Recipe, RecipeError, check_batch
-from xception_pl.run.checkpoints import Checkpoints, GivenUp
+from xception_pl.run.checkpoints import GivenUp
 from xception_pl.run.figures import draw_curves
 from xception_pl.run.folder import choose_output, write_description, write_results
 from xception_pl.run.guard import NotFinite
@@ -230,19 +230,20 @@ def train(
         if trainer.is_global_zero:
             print("\n".join(_stopped(stop, trainer.global_step, command)), flush=True)
     except SystemExit:  # Lightning's answer to KeyboardInterrupt
-        print(f"\nSIGINT, twice: stopped at once.{_last_good(checkpoints)}", file=sys.stderr, flush=True)
+        print(f"\nSIGINT, twice: stopped at once. {checkpoints.last_good()}", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT  # other ranks see that this one is gone
     except (NotFinite, GivenUp) as error:  # all ranks raise them at the same step
         code = FAILED
         if trainer.is_global_zero:
-            print(f"error: {error}{_last_good(checkpoints)}", file=sys.stderr)
+            print(f"error: {error} {checkpoints.last_good()}", file=sys.stderr)
     except Exception as error:
         if trainer.world_size > 1:
             watchdog.failed(error)
         if not isinstance(error, DataError):
+            error.add_note(checkpoints.last_good())
             raise
         code = FAILED
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error} {checkpoints.last_good()}", file=sys.stderr)
     watchdog.close()
     if trainer.is_global_zero:
         try:
@@ -274,13 +275,6 @@ def _write_results(prepared: Prepared, trainer: Trainer, log: RunLog, *, finishe
         save_weights(prepared.module, folder / "checkpoints" / "averaged.safetensors", results)
         write_results(folder, {"steps": trainer.global_step, "parameters": prepared.parameters, **log.latest})
         print("\n".join(_results(prepared, log)), flush=True)
-
-
-def _last_good(checkpoints: Checkpoints) -> str:
-    """Where a run that failed can go on."""
-    if checkpoints.saved is None:
-        return " There is no checkpoint yet."
-    return f" The last good checkpoint is {checkpoints.saved}."
 
 
 def _stopped(stop: Interrupted, step: int, command: Arguments) -> list[str]:

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import time
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.data.tracing import CLASSES, features, png, table
+from xception_pl.data import stream
 from xception_pl.data.errors import DataError
 from xception_pl.data.source import ParquetSplit, open_split, table_split
 from xception_pl.data.stream import ParquetReader, check_labels, open_reader, read_group
@@ -55,8 +57,6 @@ def test_a_folder_of_parquet_gives_every_row_by_id(tmp_path: Path, options: dict
 
 
 def test_only_the_wanted_columns_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xception_pl.data import stream
-
     write_parquet(tmp_path / "set", "train.parquet", range(40), group=40)
     split = open_split(str(tmp_path / "set"), "train")
     read: list[int] = []
@@ -70,6 +70,25 @@ def test_only_the_wanted_columns_are_read(tmp_path: Path, monkeypatch: pytest.Mo
     open_reader(split).rows(list(range(40)))
     assert len(read) == 2
     assert sum(read) < 0.1 * (tmp_path / "set/train.parquet").stat().st_size
+
+
+def test_columns_that_lie_apart_are_tried_for_no_longer_than_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parquet(tmp_path / "set", "train.parquet", range(40), group=40)
+    split = open_split(str(tmp_path / "set"), "train")
+    tried: list[float] = []
+    whole = stream.read_range
+
+    def slow(path: str, start: int, stop: int, retry_seconds: float) -> bytes:
+        tried.append(retry_seconds)
+        time.sleep(0.1)
+        return whole(path, start, stop, retry_seconds)
+
+    monkeypatch.setattr(stream, "read_range", slow)
+    open_reader(split, retry_seconds=100).rows([0])
+    first, second = tried
+    assert 90 < second <= first - 0.1 <= 99.9
 
 
 def test_memory_is_bounded_by_bytes_and_rows_still_come(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(
     last = tmp_path / "run/checkpoints/last.ckpt"
     assert warnings == [
         f"warning: step {step} is not saved: {last} cannot be written: No space left on device; what was there before is "
-        f"untouched. Training goes on; the last good checkpoint is {last}; the next try is in 5 minutes."
+        f"untouched. Training goes on, and saving is tried again after 5 minutes. The last good checkpoint is {last}."
         for step in (3, 4)
     ]
 

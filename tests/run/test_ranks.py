@@ -122,7 +122,7 @@ def test_an_error_on_rank_3_alone_is_shown_once_with_the_rank(tmp_path: Path) ->
     errors = printed(tmp_path, "err")
     assert errors.count("error: ") == 1
     assert "error: rank 3 (" in errors
-    assert "): FloatingPointError: this device is broken\n" in errors
+    assert "): FloatingPointError: this device is broken. There is no checkpoint yet.\n" in errors
     assert errors.count("Traceback") == 1
 
 

@@ -63,8 +63,6 @@ def read_range(path: str, start: int, stop: int, retry_seconds: float = RETRY_SE
             raise _Again(f"{len(data)} of {stop - start} bytes")
         except _Again as fault:
             kind = fault.kind if "bytes" not in fault.kind else "short answer"
-            if not faults[kind]:
-                _log.warning("Reading %s failed (%s): trying again for up to %d s.", path, fault.kind, retry_seconds)
             faults[kind] += 1
             pause = max(
                 fault.wait, wait * random.uniform(0.5, 1.0)
@@ -76,6 +74,8 @@ def read_range(path: str, start: int, stop: int, retry_seconds: float = RETRY_SE
                     f"Cannot read {path}: {tries} tries in {spent:.0f} s failed, the last with {fault.kind}; "
                     "resume when the source answers again, or mirror the data and give the folder as data.source."
                 ) from fault
+            if faults[kind] == 1:
+                _log.warning("Reading %s failed (%s): trying again for up to %d s.", path, fault.kind, retry_seconds)
             time.sleep(pause)
             wait = min(2 * wait, _LONGEST_WAIT)
 

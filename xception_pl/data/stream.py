@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -139,7 +140,9 @@ def _read_columns(split: ParquetSplit, group: int, columns: Sequence[str], retry
     footer = split.footers[file]
     leaves = [_leaf(footer, column) for column in columns]
     spans = _spans(footer.row_group(index), leaves)
-    parts = [(start, read_range(split.files[file], start, stop, retry_seconds)) for start, stop in spans]
+    parts, end = [], time.monotonic() + retry_seconds
+    for start, stop in spans:  # all of them within the time for one
+        parts.append((start, read_range(split.files[file], start, stop, max(0.0, end - time.monotonic()))))
     try:
         parquet = pq.ParquetFile(pa.PythonFile(_Parts(parts, footer)), metadata=footer)
         return parquet.read_row_group(index, columns=leaves, use_threads=False)

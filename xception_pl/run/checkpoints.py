@@ -85,9 +85,12 @@ class Checkpoints(Checkpoint):
     def last(self) -> Path:
         return self.folder / "last.ckpt"
 
+    def last_good(self) -> str:
+        """Where a run that fails now can go on, as rank 0 knows it."""
+        return "There is no checkpoint yet." if self.saved is None else f"The last good checkpoint is {self.saved}."
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at = time.monotonic()
-        self.saved = None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
         self.agreement.exchange(trainer.strategy.root_device, wait=True)
         if self.agreement.signal:
             self._stop(trainer)
@@ -178,12 +181,9 @@ class Checkpoints(Checkpoint):
             trainer.strategy.barrier("Trainer.save_checkpoint()")
             self._failure = error
             self._failing_since = self._failing_since or time.monotonic()
-            known = (
-                f"the last good checkpoint is {self.saved}" if self.saved is not None else "there is no checkpoint yet"
-            )
             print(
-                f"warning: step {trainer.global_step} is not saved: {error} Training goes on; {known}; "
-                f"the next try is in {_RETRY_SECONDS / 60:.0f} minutes.",
+                f"warning: step {trainer.global_step} is not saved: {error} Training goes on, and saving is tried again "
+                f"after {_RETRY_SECONDS / 60:.0f} minutes. {self.last_good()}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -234,6 +234,8 @@ class Checkpoints(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._due_on_resume = checkpoint.get("validation_due", False)
+        assert trainer.ckpt_path is not None
+        self.saved = Path(trainer.ckpt_path)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}

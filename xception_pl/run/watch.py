@@ -48,6 +48,7 @@ class Watch:
         stall_seconds: After so long without any rank's progress the one furthest behind counts as hung.
         children: Processes that this one started for other ranks; they end with it.
         at_loss: Called with the sentence before this process ends, on one rank of those that live.
+        last_good: Rank 0's sentence on where a run that failed can go on.
     """
 
     def __init__(
@@ -59,10 +60,11 @@ class Watch:
         stall_seconds: float,
         children: Callable[[], Sequence[subprocess.Popen[bytes]]] = lambda: (),
         at_loss: Callable[[str], None] = lambda sentence: None,
+        last_good: Callable[[], str] = lambda: "",
     ) -> None:
         self.rank, self.world = rank, world
         self.silence_seconds, self.stall_seconds = silence_seconds, stall_seconds
-        self._children, self._at_loss = children, at_loss
+        self._children, self._at_loss, self._last_good = children, at_loss, last_good
         self._name = f"rank {rank} ({socket.gethostname()}, process {os.getpid()})"
         self._progress, self._where = 0, "its start"
         self._moved, self._still = 0, 0.0
@@ -185,7 +187,7 @@ class Watch:
                 if rank == 0:
                     self._closing.set()
             elif "failure" in said:
-                self._end(f"error: {peer.name}: {said['failure']}", FAILED)
+                self._fail(f"{peer.name}: {said['failure']}")
             elif "end" in said:
                 self._exit("", said["code"])
 
@@ -206,7 +208,7 @@ class Watch:
             if self.rank:
                 self._tell({"failure": self._failure})
             else:
-                self._end(f"error: {self._name}: {self._failure}", FAILED)
+                self._fail(f"{self._name}: {self._failure}")
         for child in self._children():
             if child.poll():
                 self._lose(
@@ -229,6 +231,10 @@ class Watch:
 
     def _lose(self, sentence: str) -> None:
         self._end(f"error: {sentence} The run ends, to go on from its last checkpoint.", LOST)
+
+    def _fail(self, sentence: str) -> None:
+        """On rank 0."""
+        self._end(f"error: {sentence} {self._last_good()}".rstrip(), FAILED)
 
     def _end(self, sentence: str, code: int) -> None:
         """Rank 0 ends all ranks; where it is rank 0 that is lost, each rank ends itself and the first of each node says so."""

@@ -57,6 +57,7 @@ class Watchdog(Callback):
             stall_seconds=self.config.stall_seconds,
             children=children,
             at_loss=self._requeue,
+            last_good=self.checkpoints.last_good,
         )
         if trainer.global_rank == 0:
             self._port = self._watch.listen()
@@ -84,8 +85,8 @@ class Watchdog(Callback):
             self._watch.wait_for_cause()
         if not isinstance(error, DataError):
             traceback.print_exception(error)
-        text = str(error).splitlines()
-        self._watch.fail(str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {(text or [''])[0]}")
+        first = (str(error).splitlines() or [""])[0].rstrip(".")
+        self._watch.fail(str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {first}.")
 
     def close(self) -> None:
         """All ranks are done."""
