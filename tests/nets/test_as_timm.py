@@ -8,10 +8,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
 import xception_pl.nets.as_timm  # noqa: F401  # makes the name known to timm
 from xception_pl.nets.xception import Xception
+from xception_pl.weights.hub import write_hub_folder
 
 SMALL = {"width": 0.25, "middle_blocks": 1}
 
@@ -172,5 +174,22 @@ def test_timms_arguments_do_what_they_say(tmp_path: Path) -> None:
     unpooled = timm.create_model("xception_pl", num_classes=0, global_pool="", **SMALL).eval()
     unpooled.load_state_dict(network.state_dict(), strict=False)
     assert torch.equal(unpooled(images), network.forward_features(images))
-    with pytest.raises(ValueError, match="global_pool='max' is unknown"):
-        timm.create_model("xception_pl", global_pool="max", **SMALL)
+    with pytest.raises(ValueError, match="global_pool='mean' is unknown"):
+        timm.create_model("xception_pl", global_pool="mean", **SMALL)
+
+
+@pytest.mark.parametrize("kind", ["avg", "max", "avgmax", "catavgmax"])
+def test_global_pools_are_timms(kind: str, tmp_path: Path) -> None:
+    network = timm.create_model("xception_pl", num_classes=5, global_pool=kind, **SMALL).eval()
+    images = torch.randn(2, 3, 71, 96)
+    features = network.forward_features(images)
+    pooled = SelectAdaptivePool2d(pool_type=kind, flatten=True)(features)
+    assert network.head_hidden_size == pooled.shape[1] == network.fc.in_features
+    torch.testing.assert_close(network.forward_head(features, pre_logits=True), pooled)
+    torch.testing.assert_close(network(images), network.fc(pooled))
+    network.reset_classifier(0, "avg")
+    assert network(images).shape == (2, network.num_features)
+    if kind != "avg":  # load_network would pool by the mean
+        network.reset_classifier(5, kind)
+        with pytest.raises(ValueError, match=f"this network's global_pool is '{kind}', which our files cannot say"):
+            write_hub_folder(network, tmp_path / "hub")

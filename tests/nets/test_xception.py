@@ -355,8 +355,12 @@ def test_reset_classifier() -> None:
     assert torch.equal(network(x), features)
     with pytest.raises(ValueError, match="global_pool='' leaves feature maps"):
         network.reset_classifier(3)
-    with pytest.raises(ValueError, match="global_pool='max' is unknown"):
-        network.reset_classifier(3, "max")
+    with pytest.raises(
+        ValueError, match="global_pool='mean' is unknown: use 'avg', 'max', 'avgmax', 'catavgmax', or '' for none"
+    ):
+        network.reset_classifier(3, "mean")
+    with pytest.raises(ValueError, match="twice the features that fc_units were made for"):
+        small(fc_units=(4,)).reset_classifier(3, "catavgmax")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import pytest
 import torch
 
@@ -142,6 +143,59 @@ def test_names_of_the_first_release(keras: Any, tmp_path: Path, monkeypatch: pyt
     with torch.no_grad():
         logits = model(images.permute(0, 2, 3, 1))
     assert relative_error(outputs(network, images), logits) < 1e-4
+
+
+def release_names() -> dict[str, str]:
+    """Keras' layers of today to those of release v0.4's files (`xception_weights_tf_dim_ordering_tf_kernels[_notop].h5`), written out.
+
+    By the files' public readers in TensorFlow and Keras; shortcuts, which have no name today, as in our reader.
+    """
+    conv = ["block1_conv1", "block1_conv2", *(f"block{b}_shortcut" for b in (2, 3, 4, 13))]
+    sepconv = [f"block{b}_sepconv{i}" for b in range(2, 15) for i in range(1, 4 if 5 <= b <= 12 else 3)]
+    norm = ["block1_conv1", "block1_conv2"]
+    norm += [f"block{b}_{layer}" for b in (2, 3, 4) for layer in ("shortcut", "sepconv1", "sepconv2")]
+    norm += [f"block{b}_sepconv{i}" for b in range(5, 13) for i in (1, 2, 3)]
+    norm += ["block13_shortcut", "block13_sepconv1", "block13_sepconv2", "block14_sepconv1", "block14_sepconv2"]
+    assert (norm.index("block13_shortcut"), len(norm)) == (35, 40)  # batchnormalization_36 is the shortcut's
+    names = {name: f"convolution2d_{n}" for n, name in enumerate(conv, 1)}
+    names |= {name: f"separableconvolution2d_{n}" for n, name in enumerate(sepconv, 1)}
+    names |= {f"{name}_bn": f"batchnormalization_{n}" for n, name in enumerate(norm, 1)}
+    return names | {"predictions": "dense_2"}
+
+
+@pytest.mark.parametrize("kind", ["whole", "notop", "another order", "another session"])
+def test_files_of_the_first_release(model: Any, expected: Xception, tmp_path: Path, kind: str) -> None:
+    """Layers are known by their numbers: in whatever order a file lists them, and from wherever a session counted."""
+    shortcuts = {"Conv2D": iter((2, 3, 4, 13)), "BatchNormalization": iter((2, 3, 4, 13))}
+    leaves = {"kernel": "W", "bias": "b", "moving_mean": "running_mean", "moving_variance": "running_std"}
+    layers = []
+    for layer in model.layers:
+        class_name, name = type(layer).__name__, layer.name
+        if layer.weights and not name.startswith(("block", "predictions")):
+            name = f"block{next(shortcuts[class_name])}_shortcut{'_bn' * (class_name == 'BatchNormalization')}"
+        if not layer.weights or (kind == "notop" and name == "predictions"):
+            continue
+        old, number = release_names()[name].split("_")
+        old = f"{old}_{int(number) + (40 if kind == 'another session' else 0)}"
+        values = zip(layer.weights, layer.get_weights(), strict=True)
+        layers.append((old, {f"{old}_{leaves.get(v.name, v.name)}:0": value for v, value in values}))
+    if kind == "another order":
+        layers.sort()
+    with h5py.File(tmp_path / "old.h5", "w") as file:
+        file.attrs["layer_names"] = [name.encode() for name, _ in [("input_1", {}), *layers]]
+        file.create_group("input_1").attrs["weight_names"] = np.empty(0, "S1")
+        for name, values in layers:
+            group = file.create_group(name)
+            group.attrs["weight_names"] = [leaf.encode() for leaf in values]
+            for leaf, value in values.items():
+                group[leaf] = value
+    network = load_network(tmp_path / "old.h5")
+    (tmp_path / "old.h5").unlink()
+    if kind == "notop":
+        assert network.num_classes == 0
+        network.reset_classifier(1000)
+        network.fc.load_state_dict(expected.fc.state_dict())
+    assert_same_weights(network, expected)
 
 
 @pytest.mark.parametrize("name", ["tuned.keras", "tuned.h5", "tuned.weights.h5"])

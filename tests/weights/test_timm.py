@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from tests.weights.conftest import outputs, randomise, relative_error, smooth_images
 from xception_pl import Xception, load_network
@@ -73,6 +74,50 @@ def test_files_give_every_weight(theirs: nn.Module, tmp_path: Path, kind: str, p
     network, expected = load_network(tmp_path / "a"), load_network(theirs)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(network.state_dict()[name], tensor), name
+
+
+def of_tstandley(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The forward pass of the port that timm's and Cadene's descend from, written out from its file: logits (B, K).
+
+    In its blocks the shortcut reads what the block was given, and ReLU stands before each separable convolution but the
+    first block's first.
+    """
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+        return F.batch_norm(x, mean, var, state[f"{name}.weight"], state[f"{name}.bias"], eps=1e-5)
+
+    def separable(name: str, x: Tensor) -> Tensor:
+        x = F.conv2d(x, state[f"{name}.conv1.weight"], padding=1, groups=x.shape[1])
+        return F.conv2d(x, state[f"{name}.pointwise.weight"])
+
+    x = norm("bn1", F.conv2d(x, state["conv1.weight"], stride=2)).relu()
+    x = norm("bn2", F.conv2d(x, state["conv2.weight"])).relu()
+    for number in range(1, 13):
+        block, stride = f"block{number}", 2 if number in (1, 2, 3, 12) else 1
+        y, place = x, 0
+        for layer in range(2 if stride == 2 else 3):
+            if number > 1 or layer:
+                y, place = y.relu(), place + 1
+            y = norm(f"{block}.rep.{place + 1}", separable(f"{block}.rep.{place}", y))
+            place += 2
+        if stride == 2:
+            y = F.max_pool2d(y, 3, 2, padding=1)
+            x = norm(f"{block}.skipbn", F.conv2d(x, state[f"{block}.skip.weight"], stride=2))
+        x = x + y
+    x = norm("bn3", separable("conv3", x)).relu()
+    x = norm("bn4", separable("conv4", x)).relu()
+    return F.linear(x.mean((2, 3)), state["fc.weight"], state["fc.bias"])
+
+
+@pytest.mark.parametrize("size", [97, 150])
+def test_outputs_are_tstandleys(theirs: nn.Module, tmp_path: Path, size: int) -> None:
+    """His file: a bare state dict of an old torch, by the names that timm kept, without counters."""
+    state = {name: value for name, value in theirs.state_dict().items() if not name.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "xception-c0a72b38.pth.tar", _use_new_zipfile_serialization=False)
+    images = smooth_images(size)
+    network = load_network(tmp_path / "xception-c0a72b38.pth.tar")
+    assert relative_error(outputs(network, images), of_tstandley(state, images)) < 1e-4
 
 
 def test_safetensors_of_the_hub(theirs: nn.Module, tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ def xception_pl(
     Args:
         pretrained: load those weights; another number of classes or channels is adapted as timm does it.
         drop_rate: dropout before the logistic layer.
-        global_pool: "avg", or "" for none, which needs ``num_classes=0``.
+        global_pool: "avg", "max", "avgmax" (half of each), "catavgmax" (both, so twice the features), or "" for none, which
+            needs ``num_classes=0``. Weights are trained with one of them; those of the paper's network with "avg".
         pad_stem: pad the stem's two convolutions, which Figure 5 does not, so that a 128-pixel image gives maps of 64,
             32, 16, 8 and 4 pixels instead of 61, 31, 16, 8 and 4. Some decoders (DeepLabV3+, FPN, U-Net++) need this.
         options: what timm and Xception take.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xception_pl.nets.convs import Activation, BatchNorm, SegmentedConv2d, SeparableConv2d, divisors, initialize
+from xception_pl.nets.pooling import POOLS, global_pooling
 from xception_pl.nets.preprocessing import Preprocessing
 from xception_pl.optim.config import Loss
 
@@ -295,8 +296,7 @@ class Xception(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last feature map to logits, or to what the logistic layer reads, ``(B, head_hidden_size)``."""
-        if self.global_pool == "avg":
-            x = x.mean((2, 3))  # (B, 2048)
+        x = global_pooling(x, self.global_pool)  # (B, 2048)
         for layer in self.fc_layers:
             x = F.relu(layer(x))
         x = self.dropout(x)
@@ -353,13 +353,21 @@ class Xception(nn.Module):
         return kept
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new logistic layer, or for 0 classes none; `global_pool` is "avg", or "" for none; None leaves it."""
+        """A new logistic layer, or for 0 classes none; `global_pool` is one of `POOLS`, or "" for none; None leaves it."""
         global_pool = self.global_pool if global_pool is None else global_pool
-        if global_pool not in ("avg", ""):
-            raise ValueError(f"global_pool={global_pool!r} is unknown: use 'avg', or '' for none")
+        if global_pool not in (*POOLS, ""):
+            raise ValueError(
+                f"global_pool={global_pool!r} is unknown: use {', '.join(map(repr, POOLS))}, or '' for none"
+            )
         if global_pool == "" and (num_classes or self.fc_layers):
             raise ValueError("global_pool='' leaves feature maps, which fully-connected layers cannot read: use 'avg'")
+        if global_pool == "catavgmax" and self.fc_layers:
+            raise ValueError(
+                "global_pool='catavgmax' gives twice the features that fc_units were made for: use 'avgmax'"
+            )
         self.global_pool = global_pool
+        if not self.fc_layers:
+            self.head_hidden_size = self.num_features * (2 if global_pool == "catavgmax" else 1)
         weight = next(self.parameters())
         self.num_classes = num_classes
         self.fc = self._logistic_layer(num_classes).to(weight.device, weight.dtype)

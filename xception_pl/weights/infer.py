@@ -74,7 +74,7 @@ def model_of(network: Xception) -> ModelConfig:
     """The model section of a recipe that makes an equal network. Widths that round to the same channels are equal.
 
     Raises:
-        WeightsError: the network is no whole Xception: pruned, padded at the stem, or its batch norm folded.
+        WeightsError: the network is no whole Xception: pruned, padded at the stem, pooled otherwise, or its batch norm folded.
     """
     stem, first = network.block1, network.get_submodule("block3.sepconv1")
     whole = isinstance(stem, Stem) and isinstance(first, SegmentedConv2d) and stem.conv1.padding == (0, 0)
@@ -83,6 +83,11 @@ def model_of(network: Xception) -> ModelConfig:
             "this network is no whole Xception: it was pruned, padded or folded; take the one it was made from"
         )
     assert isinstance(first, SegmentedConv2d)
+    if network.global_pool != "avg":
+        raise WeightsError(
+            f"this network's global_pool is {network.global_pool!r}, which our files cannot say: save its state_dict(), and "
+            "load that with timm.create_model('xception_pl', global_pool=…)"
+        )
     names = {nn.Identity: "none", nn.ReLU: "relu", nn.ELU: "elu"}
     stored = Stored("the network", "a network", network.state_dict())
     with warnings.catch_warnings():
