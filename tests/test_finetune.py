@@ -1,15 +1,19 @@
 """Fine-tuning through the fit command: what stays, what moves, and that it goes on after an interruption."""
 
+import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 
+from tests.nets.test_keras_parity import random_weights
+from tests.weights.conftest import randomise
 from xception_pl import XceptionModule, load_network
 from xception_pl.fit import main
 from xception_pl.run.log import RunLog
@@ -106,6 +110,47 @@ def test_a_stopped_run_goes_on_to_the_same_bits_without_its_file(monkeypatch: py
     assert resumed["global_step"] == whole["global_step"]
     for name, value in whole["state_dict"].items():
         assert torch.equal(resumed["state_dict"][name], value), name
+
+
+def keras_file(path: Path) -> None:
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras")
+    random_weights(keras.applications.Xception(weights=None, input_shape=(71, 71, 3))).save(path)
+
+
+def timm_file(path: Path) -> None:
+    torch.save({"state_dict": randomise(timm.create_model("legacy_xception")).state_dict()}, path)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras with NumPy 2
+@pytest.mark.parametrize(
+    ("write", "name", "options"),
+    [(keras_file, "xception.keras", []), (timm_file, "xception.pth", ["--model.numerics=torch"])],
+    ids=["keras", "timm"],
+)
+def test_the_recipe_trains_on_from_files_of_others(
+    write: Callable[[Path], None], name: str, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(Path(name))
+    arguments = [
+        "--data.source=images", f"--model.weights={name}", "--model.num_classes=2", "--data.image_size=71", "--data.workers=0",
+        "--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--run.tensorboard=false", *options,
+    ]  # fmt: skip
+    assert main(["recipes/finetune.yaml", *arguments]) == 0
+    assert f"{name}: new logistic layer for 2 classes (1000 classes there)" in capsys.readouterr().out
+    (averaged,) = Path("runs/finetune").glob("*/checkpoints/averaged.safetensors")
+    tuned, theirs = load_network(averaged), load_network(name)
+    assert (tuned.class_names, tuned.numerics) == (["bag", "boot"], theirs.numerics)
+    before = theirs.state_dict()
+    moved = {key for key, value in tuned.state_dict().items() if not torch.equal(value, before[key])}
+    trained = {
+        key
+        for key, _ in tuned.named_parameters()
+        if int(key.split(".")[0].removeprefix("block").replace("fc", "15")) > 4
+    }
+    assert moved == trained  # all above the four frozen blocks, and no statistics
+    assert all(0 < (tuned.get_parameter(key) - before[key]).abs().max() < 1 for key in moved - {"fc.weight", "fc.bias"})
+    shutil.rmtree("runs")
 
 
 @pytest.mark.parametrize(
