@@ -269,10 +269,10 @@ static void fill(const struct left *l, int first, int count, const struct tile *
 enum { LARGE = 1 << 21 }; /* floats of a map that is larger than what the caches should give to it */
 enum { CHUNK = 128 }; /* pixels over which a gradient of weights is summed at a time */
 
-/* ROWS x PANEL sums over `count` steps; a step moves `a` by `forward` and its rows lie `apart`. The panel that lies
- * `ahead` comes next. */
-inline_always void multiply(int count, const float *a, long apart, long forward, const float *b, long ahead, float *out,
-                            int add) {
+/* ROWS x PANEL sums over `count` steps; a step moves `a` by `forward` and its rows lie `apart`. What lies at `next`, `each`
+ * floats a step, is fetched into the second-level cache meanwhile. */
+inline_always void multiply(int count, const float *a, long apart, long forward, const float *b, const float *next,
+                            int each, float *out, int add) {
   vec sum[ROWS][2];
   for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = (vec){0};
   for (int k = 0; k < count; k++) {
@@ -283,7 +283,8 @@ inline_always void multiply(int count, const float *a, long apart, long forward,
       sum[i][0] += x * left;
       sum[i][1] += x * right;
     }
-    __builtin_prefetch(b + ahead, 0, 2);
+    __builtin_prefetch(next, 0, 2);
+    next += each;
     a += forward;
     b += PANEL;
   }
@@ -294,15 +295,20 @@ inline_always void multiply(int count, const float *a, long apart, long forward,
     to[1] = add ? to[1] + sum[i][1] : sum[i][1];
   }
 }
-static __attribute__((noinline)) void multiply_rows(int depth, const float *a, long step, const float *b, float *out) {
-  multiply(depth, a, step, 1, b, (long)depth * PANEL, out, 0);
+/* A panel of the product: `rows` rows of `a`, of which each fetches its share of the next panel. */
+static __attribute__((noinline)) void multiply_rows(int depth, int rows, const float *a, long step, const float *b,
+                                                    float *out) {
+  int groups = over(rows, ROWS), each = over(PANEL, groups);
+  for (int g = 0; g < groups; g++, a += ROWS * step, out += ROWS * PANEL)
+    multiply(depth, a, step, 1, b, b + (long)depth * PANEL * (groups + g) / groups, each, out, 0);
 }
+/* `count` sums of columns of `a`; those that lie behind `out` come next. */
 static __attribute__((noinline)) void multiply_columns(int count, const float *a, long step, const float *b, float *out,
                                                        int add) {
   if (add)
-    multiply(count, a, 1, step, b, PANEL * CHUNK, out, 1);
+    multiply(count, a, 1, step, b, out + ROWS * PANEL, 1, out, 1);
   else
-    multiply(count, a, 1, step, b, PANEL * CHUNK, out, 0);
+    multiply(count, a, 1, step, b, out + ROWS * PANEL, 1, out, 0);
 }
 
 /* The right-hand side of a product in panels of PANEL columns, row by row, with zeros after the last column.
@@ -379,7 +385,7 @@ int product(const struct left *l, const struct right *r, int threads) {
       fill(l, first, here, &t, 0, K);
       for (int panel = share * panels / shares; panel < (share + 1) * panels / shares; panel++) {
         const float *b = r->packed + (long)panel * K * PANEL;
-        for (int p = 0; p < here; p += ROWS) multiply_rows(K, left + p * step, step, b, sums + p * PANEL);
+        multiply_rows(K, here, left, step, b, sums);
         int column = panel * PANEL;
         if (column + PANEL <= r->columns && streamed)
           finish(r, sums, first, here, tile, column, WIDTH, 2, 1);
