@@ -244,6 +244,7 @@ static void fill(const struct left *l, int first, int count, const struct tile *
     for (int p = 0; p < count; p++) /* along the memory: a vector of every pixel first would fall into few lines */
       EACH_VECTOR(from, to, {
         long at = (long)p * l->channels + c;
+        if (c % PANEL == 0) __builtin_prefetch(in + at + 2L * l->channels), __builtin_prefetch(normed + at + 2L * l->channels);
         vec off = load(normed + at, lanes) - load(l->mean + c, lanes);
         vec base = off * load(l->slope + c, lanes) + load(l->shift + c, lanes);
         store(place(t, c) + p * t->step, load(in + at, lanes) * load(l->scale + c, lanes) + base, lanes);
