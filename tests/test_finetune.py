@@ -82,6 +82,16 @@ def test_what_is_frozen_stays_and_the_plan_says_so(capsys: pytest.CaptureFixture
     assert load_network(weights).class_names == ["bag", "boot"]
 
 
+def test_grey_images_from_weights_that_know_colour(capsys: pytest.CaptureFixture[str]) -> None:
+    tuned = fit("--model.in_chans=1", "--trainer.max_steps=1")["state_dict"]
+    colour = load_network("first.safetensors").block1.conv1.weight
+    assert torch.equal(tuned["network.block1.conv1.weight"], colour.sum(1, keepdim=True))  # and then frozen
+    assert "first convolution summed from 3 channels to 1" in capsys.readouterr().out
+    (weights,) = Path("runs/tune").glob("*/checkpoints/averaged.safetensors")
+    picture = next(Path("images/test/boot").iterdir())
+    assert load_network(weights).predict(picture).shape == (1, 2)  # type: ignore[operator]
+
+
 def test_each_depth_has_its_rate() -> None:
     (optimizer,) = fit()["optimizer_states"]
     rates = {group["name"]: group["lr"] for group in optimizer["param_groups"]}

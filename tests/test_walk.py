@@ -25,7 +25,7 @@ def test_from_the_quickstart_to_a_prediction_and_an_onnx_file(tmp_path: Path) ->
         return done.stdout
 
     run("fit", "recipes/quickstart.yaml", "--trainer.max_steps=3", "--trainer.limit_val_batches=1")
-    (weights,) = tmp_path.glob("runs/quickstart/*/checkpoints/averaged.safetensors")
+    (weights,) = tmp_path.glob("runs/quickstart/*")
 
     printed = run("evaluate", str(weights), "--data", "recipes/quickstart.yaml", "--output", "evaluation", "--json")
     found = json.loads(printed)["networks"][0]
@@ -42,3 +42,6 @@ def test_from_the_quickstart_to_a_prediction_and_an_onnx_file(tmp_path: Path) ->
 
     run("export", str(weights), "--to", "onnx", "--output", str(tmp_path / "network.onnx"))
     assert (tmp_path / "network.onnx").stat().st_size > 1_000_000
+    report = str(tmp_path / "evaluation" / "evaluation.json")
+    run("export", str(weights), "--to", "hub-folder", "--output", str(tmp_path / "hub"), "--results", report)
+    assert f"| top-1 | {found['top1']:.2%} (95 % interval" in (tmp_path / "hub" / "README.md").read_text()

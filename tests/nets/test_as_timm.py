@@ -159,6 +159,9 @@ def test_timms_arguments_do_what_they_say(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 71, 71)
     same = timm.create_model("xception_pl.xception", pretrained=True, pretrained_cfg_overlay=at, **SMALL).eval()
     assert torch.equal(same(images), network(images))
+    whole = {**same.default_cfg, **at}
+    same = timm.create_model("xception_pl", pretrained=True, pretrained_cfg=whole, **SMALL).eval()
+    assert torch.equal(same(images), network(images))
     other = timm.create_model(
         "xception_pl", pretrained=True, pretrained_cfg_overlay=at, num_classes=7, in_chans=1, drop_rate=0.4, **SMALL
     ).eval()

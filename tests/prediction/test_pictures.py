@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.test_hub import VAL, write_set
+from tests.data.tracing import png
+from tests.loopback_hub import LoopbackHub
 from xception_pl.data.errors import DataError
 from xception_pl.prediction.pictures import find_pictures
 
@@ -52,6 +55,16 @@ def test_rows_of_a_dataset() -> None:
     assert pictures[65].name == "split 'test' of sample:65"
     assert pictures[65].read()[:4] == b"\x89PNG"
     assert pictures[64].read() != pictures[65].read()
+
+
+def test_rows_of_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_set(tmp_path / "hub")
+    with LoopbackHub(tmp_path / "hub") as hub:
+        hub.attract(monkeypatch, tmp_path / "cache")
+        (rows,) = find_pictures([hub.repo], split="validation")
+        pictures = list(rows)
+        assert [picture.name for picture in pictures] == [f"split 'validation' of {hub.repo}:{i}" for i in range(VAL)]
+        assert pictures[VAL - 1].read() == png(VAL - 1)
 
 
 def test_mistakes_are_sentences(tmp_path: Path) -> None:
