@@ -39,8 +39,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, metavar="N", help="decoding threads (default: the cores, 8 at most)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: a GPU where there is one)")
     parser.add_argument(
-        "--fast", action="store_true", help="batch norm folded into the convolutions; on a CPU its fastest kernels"
+        "--kernels",
+        choices=("auto", "torch", "fused"),
+        default="auto",
+        help="auto: this package's own where a CPU is known to be faster with them (default: %(default)s)",
     )
+    parser.add_argument("--fold-bn", action="store_true", help="batch norm folded into the convolutions, by torch")
     parser.add_argument(
         "--compile", action="store_true", help="through torch.compile: pays from some thousand pictures on"
     )
@@ -49,8 +53,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} {value} is below {least}")
-    if options.gradcam is not None and (options.fast or options.compile):
-        parser.error("--gradcam needs the gradients of the plain network: leave out --fast and --compile")
+    if options.gradcam is not None and (options.fold_bn or options.compile or options.kernels == "fused"):
+        parser.error("--gradcam needs the gradients of the plain network: leave out --fold-bn, --compile and --kernels")
+    if options.kernels == "fused" and (options.fold_bn or options.compile):
+        parser.error("--fold-bn and --compile change what torch computes: leave out --kernels fused")
     return options
 
 
@@ -70,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             image_size=options.image_size,
             features=options.features,
             gradcam=options.gradcam,
-            fast=options.fast,
+            kernels=options.kernels,
+            fold=options.fold_bn,
             compiled=options.compile,
         )
         pictures = predictor.find(options.images, split=options.split)

@@ -130,9 +130,10 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_torch_and_timm_are_enough(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["train", "infer"])
+def test_torch_and_timm_are_enough(what: str, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    arguments = ["infer", *SMALL, "--rounds", "1", "--modes", "nchw", "--peers", "timm:nchw", "--json", str(out)]
+    arguments = [what, *SMALL, "--rounds", "1", "--modes", "nchw", "--peers", "timm:nchw", "--json", str(out)]
     done = subprocess.run([sys.executable, "-c", WITHOUT, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert all(row["problem"] is None for row in json.loads(out.read_text())["rows"])

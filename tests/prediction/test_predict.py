@@ -19,6 +19,7 @@ from xception_pl import load_network
 from xception_pl.data.config import DataConfig
 from xception_pl.data.decode import eval_image
 from xception_pl.export import main as export
+from xception_pl.kernels.cpu_layers import library
 from xception_pl.module import XceptionModule
 from xception_pl.predict import main
 from xception_pl.weights.safetensors import save_weights
@@ -148,15 +149,35 @@ def test_heat_maps(weights: str, folder: Path, capsys: pytest.CaptureFixture[str
         assert np.asarray(image).std() > 5
 
 
-@pytest.mark.parametrize("options", [["--fast"], ["--fast", "--features"]])
-def test_fast_is_the_same(weights: str, folder: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
-    plain = of_json(run(capsys, weights, str(folder), "--format", "jsonl")[1])
-    fast = of_json(run(capsys, weights, str(folder), "--format", "jsonl", *options)[1])
-    for one, other in zip(plain, fast, strict=True):
-        assert [p["class"] for p in one["predictions"]] == [p["class"] for p in other["predictions"]]
+@pytest.mark.parametrize(
+    "options",
+    [["--kernels", "fused"], ["--kernels", "fused", "--features"], ["--fold-bn"], ["--fold-bn", "--features"]],
+)
+def test_other_ways_to_compute_give_the_same(
+    weights: str, folder: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    if options[:2] == ["--kernels", "fused"] and library()[0] is None:
+        pytest.skip(library()[1])
+    features = [option for option in options if option == "--features"]
+    plain = of_json(run(capsys, weights, str(folder), "--format", "jsonl", "--kernels", "torch", *features)[1])
+    other = of_json(run(capsys, weights, str(folder), "--format", "jsonl", *options)[1])
+    for one, same in zip(plain, other, strict=True):
+        assert [p["class"] for p in one["predictions"]] == [p["class"] for p in same["predictions"]]
         assert [p["probability"] for p in one["predictions"]] == pytest.approx(
-            [p["probability"] for p in other["predictions"]], abs=1e-4
+            [p["probability"] for p in same["predictions"]], abs=1e-4
         )
+        assert one.get("features", []) == pytest.approx(same.get("features", []), abs=1e-3, rel=1e-3)
+
+
+def test_without_a_compiler_torch_predicts_and_kernels_are_refused(
+    weights: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xception_pl.kernels.cpu_layers.library", lambda: (None, "there is no C compiler"))
+    assert run(capsys, weights, str(folder / GOOD[0]))[0] == 0
+    with pytest.raises(SystemExit, match="2"):
+        run(capsys, weights, str(folder / GOOD[0]), "--kernels", "fused")
+    said = "error: --kernels fused is not possible here: there is no C compiler; use auto or torch.\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.slow
@@ -182,7 +203,8 @@ def test_rows_of_the_shipped_images(capsys: pytest.CaptureFixture[str], weights:
         (["gone.jpg", "--output", "x.doc"], "--output x.doc ends in none of .csv"),
         (["gone.jpg", "--format", "parquet"], "--output FILE.parquet"),
         (["gone.jpg", "--top", "0"], "--top 0 is below 1"),
-        (["gone.jpg", "--gradcam", "maps", "--fast"], "--gradcam needs the gradients"),
+        (["gone.jpg", "--gradcam", "maps", "--fold-bn"], "--gradcam needs the gradients"),
+        (["gone.jpg", "--compile", "--kernels", "fused"], "leave out --kernels fused"),
         (["*.nothing"], "No file matches *.nothing"),
         (["gone.jpg", "--device", "tpu9"], "--device tpu9 is not there"),
     ],

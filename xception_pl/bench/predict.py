@@ -1,7 +1,7 @@
 """`python -m xception_pl.bench predict`: pictures to classes, decoding included, beside timm's eager network.
 
 The same JPEG files, in turns in one run: timm's loader (Pillow, its evaluation crop) and its `legacy_xception`, eager and
-channels_last; and this package's `predict` plainly, with --fast, and with --compile where that is asked for.
+channels_last; and this package's `predict`: as it comes, by torch, with --fold-bn, and with --compile where that is asked for.
 """
 
 import sys
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     reference = seconds["timm, eager"]
     for name, taken in seconds.items():
         ratio = median(other / own for own, other in zip(taken, reference, strict=True))
-        print(f"  {name:<22}{len(files) / median(taken):8.2f} images/s   {ratio:5.2f} × timm")
+        print(f"  {name:<28}{len(files) / median(taken):8.2f} images/s   {ratio:5.2f} × timm")
     return 0
 
 
@@ -76,10 +76,14 @@ def _ours(files: list[Path], scratch: Path, options: Any) -> dict[str, Run]:
 
         return run
 
-    kinds = {"predict": contender(), "predict --fast": contender(fast=True)}
+    kinds = {
+        "predict": contender(),
+        "predict --kernels torch": contender(kernels="torch"),
+        "predict --fold-bn": contender(fold=True),
+    }
     if options.compile:
         kinds["predict --compile"] = contender(compiled=True)
-        kinds["predict --fast --compile"] = contender(fast=True, compiled=True)
+        kinds["predict --fold-bn --compile"] = contender(fold=True, compiled=True)
     return kinds
 
 

@@ -31,18 +31,27 @@ class FastInference:
         else:
             self.path = f"torch: {problem}"
 
-    @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    @torch.inference_mode()
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to the last feature maps (B, F, h, w), as the network's own method gives them."""
         if self.network.training:
             self.network.eval()
         x = images.to(next(self.network.parameters()).dtype).contiguous(memory_format=torch.channels_last)
         if self.steps is None or min(x.shape) < 1 or min(x.shape[2:]) < 7:
-            logits: Tensor = self.network(x)
-            return logits
-        assert isinstance(self.network, Xception)
+            maps: Tensor = self.network.forward_features(x)  # type: ignore[operator]
+            return maps
         for step in self.steps:
             x = step(x)
-        return self.network.forward_head(F.relu(x))
+        return F.relu(x)
+
+    @torch.inference_mode()
+    def forward_head(self, maps: Tensor) -> Tensor:
+        """Feature maps to logits (B, classes)."""
+        logits: Tensor = self.network.forward_head(maps)  # type: ignore[operator]
+        return logits
 
 
 def fast_inference(network: nn.Module) -> FastInference:

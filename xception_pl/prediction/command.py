@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from xception_pl.durable import durable_write
+from xception_pl.kernels.choose import Kernels
+from xception_pl.kernels.cpu_layers import measured
 from xception_pl.kernels.inference import fast_inference
 from xception_pl.nets.fold import fold_batch_norm
 from xception_pl.prediction.gradcam import grad_cam, overlay
@@ -35,11 +37,13 @@ class Predictor:
         image_size: the same, pixels.
         features: pooled features too.
         gradcam: folder for heat maps.
-        fast: batch norm folded; on a CPU the kernels of `fast_inference`.
+        kernels: `auto` computes logits and features by a CPU's own kernels where these are known to be faster, `fused`
+            by them or not at all, `torch` never. Heat maps, folding and compiling need torch.
+        fold: batch norm folded into the convolutions.
         compiled: through torch.compile.
 
     Raises:
-        ValueError: the weights or the device cannot be used.
+        ValueError: the weights, the device or the kernels cannot be used.
     """
 
     def __init__(
@@ -51,17 +55,24 @@ class Predictor:
         image_size: int | None = None,
         features: bool = False,
         gradcam: Path | None = None,
-        fast: bool = False,
+        kernels: Kernels = "auto",
+        fold: bool = False,
         compiled: bool = False,
     ) -> None:
         self.device = _device(device)
-        network = load_network(weights)
+        network: Any = load_network(weights)
         self.prepare = prepare_for(network, eval_crop=eval_crop, image_size=image_size)
         self.names = class_names(network.class_names, network.num_classes)
         self.loss = network.loss
         self.gradcam, self.compiled = gradcam, compiled
         network.to(self.device).to(memory_format=torch.channels_last).requires_grad_(False)
-        self.network = _forward(network, self.device, features, gradcam is not None, fast, compiled)
+        if fold:
+            network = fold_batch_norm(network)
+        if compiled:  # forward_features too, where features are wanted: Module.compile would take forward alone
+            network.forward_features = torch.compile(network.forward_features)
+        if not (fold or compiled or gradcam is not None):
+            network = _with_kernels(network, self.device, kernels)
+        self.network = _forward(network, features, gradcam is not None)
 
     def find(self, images: Iterable[str], *, split: str = "test") -> list[Pictures]:
         """The pictures that the arguments mean."""
@@ -109,9 +120,19 @@ def output_format(path: Path | None, form: str | None, *, features: bool) -> For
     return found
 
 
-def _forward(
-    network: Any, device: torch.device, features: bool, heat: bool, fast: bool, compiled: bool
-) -> Callable[[Tensor], Output]:
+def _with_kernels(network: Any, device: torch.device, kernels: Kernels) -> Any:
+    """The network, or what gives the same by a CPU's own kernels."""
+    if kernels == "torch" or (kernels == "auto" and not (device.type == "cpu" and measured())):
+        return network
+    fast = fast_inference(network)
+    if kernels == "fused" and fast.steps is None:
+        raise ValueError(
+            f"--kernels fused is not possible here: {fast.path.removeprefix('torch: ')}; use auto or torch."
+        )
+    return fast
+
+
+def _forward(network: Any, features: bool, heat: bool) -> Callable[[Tensor], Output]:
     """The network as the pipeline calls it."""
 
     def with_heat(images: Tensor) -> Output:
@@ -125,12 +146,6 @@ def _forward(
         maps = network.forward_features(images)
         return Output(network.forward_head(maps), _pooled(maps))
 
-    if fast and device.type == "cpu" and not (features or compiled):
-        network = fast_inference(network)
-    elif fast:
-        network = fold_batch_norm(network)
-    if compiled:  # forward_features too, where features are wanted: Module.compile would take forward alone
-        network.forward_features = torch.compile(network.forward_features)
     return with_heat if heat else plain
 
 
