@@ -3,12 +3,11 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from triton.runtime import interpreter
 
+from tests.kernels.interpreted import PATCHES
 from xception_pl.kernels import tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,22 +24,14 @@ SMALL = {
 }
 LARGE = {"ROWS": 4096, "COLUMNS": 64, "CHANNELS": 64, "M": 4096, "N": 64, "K": 64}
 """Sizes for which a small network is one tile: the interpreter's time is that of its operations, not of their size."""
-prepared: set[str] = set()
-
-
-def call_helper(helper: Any, *args: Any, **kwargs: Any) -> Any:
-    """What the interpreter does where a kernel calls a helper, less preparing the language again: most of its time."""
-    if helper.fn.__module__.startswith("triton.") and helper.fn.__module__ not in prepared:
-        interpreter._patch_lang(helper.fn)
-        prepared.add(helper.fn.__module__)
-    return helper.rewrite()(*args, **kwargs)
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One thread, and an interpreter that does not work twice."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call_helper)
+        for owner, name, quicker in PATCHES:
+            monkeypatch.setattr(owner, name, quicker)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)

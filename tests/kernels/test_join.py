@@ -63,5 +63,7 @@ def test_of_equal_values_the_first_gets_the_gradient(set_tiles: Callable[..., No
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "channels"), [(19, 1024), (37, 728), (74, 256), (147, 128)])
 def test_the_network_s_sizes(size: int, channels: int, set_tiles: Callable[..., None]) -> None:
-    set_tiles(COLUMNS=128, CHANNELS=1024)
-    check(1, (size, size), channels, torch.float16)
+    """The widest maps with fewer rows where it is the interpreter that walks down them, one after the other."""
+    set_tiles(COLUMNS=32, CHANNELS=1024)
+    height = size if DEVICE == "cuda" else min(size, 20 - size % 2)
+    check(1, (height, size), channels, torch.float16)
