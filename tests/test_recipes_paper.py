@@ -254,6 +254,7 @@ def test_a_label_outside_the_classes(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a whole training: 150 s of one core
 def test_the_small_set_is_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As its recipe says: 0.896 over three seeds, and what scores without knowledge get."""
     recipe = os.path.abspath("recipes/jft/sample.yaml")

@@ -303,11 +303,13 @@ def test_a_refusal_is_of_the_source_or_of_the_one_who_asks(status: int, kind: ty
     assert type(fetch.refusal(f"hf://datasets/{IMAGENET}@main/data/file", status)) is kind
 
 
-@pytest.mark.slow  # the client itself tries again for a while
 def test_a_hub_that_fails_is_no_wrong_source(monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub) -> None:
     monkeypatch.setattr(_Handler, "_answer", lambda request: request._error(500, "Failure"))
+    waits: list[float] = []  # the client itself tries again for a while
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=waits.append))
     with pytest.raises(SourceUnreachable, match=r"does not answer for .*\.$"):
         open_split(IMAGENET, "train")
+    assert waits
 
 
 def test_a_file_that_the_hub_does_not_hand_over_is_no_wrong_source(hub: LoopbackHub) -> None:
