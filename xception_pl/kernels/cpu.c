@@ -320,6 +320,10 @@ void pack(const float *in, long row, long column, int depth, int columns, float 
   for (int panel = 0; panel < panels; panel++) {
     float *to = out + (long)panel * depth * PANEL;
     int n0 = panel * PANEL, wide = smaller(PANEL, columns - n0);
+    if (column == 1 && wide == PANEL) {
+      for (int k = 0; k < depth; k++) memcpy(to + k * PANEL, in + k * row + n0, sizeof(float) * PANEL);
+      continue;
+    }
     if (wide < PANEL) memset(to, 0, sizeof(float) * (size_t)depth * PANEL);
     for (int k0 = 0; k0 < depth; k0 += PANEL) /* in squares: either side may be the one that lies together */
       for (int n = 0; n < wide; n++)
@@ -693,7 +697,9 @@ static struct cut cut(int rows, int columns, int count) {
   k.block_columns = over(over(columns, over(columns, BLOCK)), PANEL) * PANEL;
   k.tall = over(rows, k.block_rows), k.wide = over(columns, k.block_columns);
   int all = over(count, CHUNK);
-  k.segments = larger(1, smaller(over(32, k.tall * k.wide), all / 4));
+  /* Enough for many threads, few enough for the partial sums not to be a map of their own. */
+  int most = larger(8, (1 << 22) / (rows * columns));
+  k.segments = larger(1, smaller(smaller(over(32, k.tall * k.wide), most), all / 2));
   k.chunks = over(all, k.segments);
   k.segments = over(all, k.chunks);
   k.block = (long)k.block_rows * k.block_columns;
@@ -742,13 +748,16 @@ int weight_gradient(const struct left *left, const struct left *gradient, float 
   }
   if (failed) return 1;
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int row = 0; row < rows; row++)
-    EACH_VECTOR(0, columns, {
-      int block = row / k.block_rows * k.wide + c / k.block_columns, column = c % k.block_columns;
-      const float *part = parts + block * k.block + column / PANEL * panel + row % k.block_rows * PANEL + column % PANEL;
-      vec sum = {0};
-      for (int segment = 0; segment < k.segments; segment++) sum += load(part + segment * k.tall * k.wide * k.block, lanes);
-      store(out + (long)row * columns + c, sum, lanes);
-    });
+  for (int n = 0; n < columns; n += PANEL) /* down a panel: its parts lie together */
+    for (int row = 0; row < rows; row++) {
+      int block = row / k.block_rows * k.wide + n / k.block_columns;
+      const float *part = parts + block * k.block + n % k.block_columns / PANEL * panel + row % k.block_rows * PANEL;
+      EACH_VECTOR(n, smaller(columns, n + PANEL), {
+        vec sum = {0};
+        for (int segment = 0; segment < k.segments; segment++)
+          sum += load(part + segment * k.tall * k.wide * k.block + c - n, lanes);
+        store(out + (long)row * columns + c, sum, lanes);
+      });
+    }
   return 0;
 }
