@@ -100,6 +100,19 @@ def test_the_loss_travels_with_the_weights(tmp_path: Path, loss: str) -> None:
         assert load_network(tmp_path / "a", num_classes=7).loss == "cross_entropy"
 
 
+def test_a_network_of_ours_is_copied_with_all_that_is_known_of_it(small: Xception) -> None:
+    network = randomise(Xception(5, numerics="torch", residual=False, **SMALL))
+    assert isinstance(network, Xception)
+    network.class_names, network.loss = NAMES, "sigmoid"
+    network.preprocessing = Preprocessing(image_size=75, eval_crop="resize")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy = load_network(network)
+    assert torch.equal(outputs(copy, smooth_images(76)), outputs(network, smooth_images(76)))
+    assert (copy.class_names, copy.loss, copy.preprocessing) == (NAMES, "sigmoid", network.preprocessing)
+    assert copy.fc.weight.data_ptr() != network.fc.weight.data_ptr()
+
+
 def test_another_network_of_table_1(tmp_path: Path) -> None:
     made = XceptionModule(ModelConfig(name="resnet10t", num_classes=5), {"ema_decay": 0.9})
     save_weights(made, tmp_path / "a")

@@ -20,6 +20,15 @@ def theirs() -> nn.Module:
     return randomise(timm.create_model("legacy_xception", num_classes=7))
 
 
+def test_an_installed_network_brings_its_preprocessing_and_class_names() -> None:
+    network = timm.create_model(
+        "legacy_xception", num_classes=2, pretrained_cfg_overlay={"input_size": (3, 224, 224), "label_names": ["ant", "bee"]}
+    )  # fmt: skip
+    loaded = load_network(network)
+    assert loaded.class_names == ["ant", "bee"]
+    assert loaded.preprocessing == Preprocessing(image_size=224, eval_crop="timm")
+
+
 def of_cadene(theirs: nn.Module) -> dict[str, Any]:
     """As the file `xception-b5690688.pth`: pointwise kernels as matrices; its head as Cadene's class calls it."""
     state = {name.replace("fc.", "last_linear."): tensor for name, tensor in theirs.state_dict().items()}

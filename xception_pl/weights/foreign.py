@@ -73,7 +73,7 @@ def _names(config: Mapping[str, Any]) -> list[str] | None:
 def _preprocessing(timms: Mapping[str, Any], stored: Stored, otherwise: Preprocessing) -> Preprocessing:
     """timm's `pretrained_cfg` as far as our preprocessing can say it; what it cannot is a warning."""
     size = timms.get("input_size")
-    if isinstance(size, list) and len(size) == 3 and type(size[2]) is int and 71 <= size[2] <= 16384:
+    if isinstance(size, list | tuple) and len(size) == 3 and type(size[2]) is int and 71 <= size[2] <= 16384:
         otherwise = replace(otherwise, image_size=size[2])
     said = {key: timms[key] for key in ("crop_pct", "interpolation", "crop_mode") if timms.get(key) is not None}
     if "crop_pct" in said:
@@ -87,7 +87,7 @@ def _preprocessing(timms: Mapping[str, Any], stored: Stored, otherwise: Preproce
         else:
             otherwise = replace(otherwise, eval_crop=cast(Any, crop))
     scale = {key: timms[key] for key in ("mean", "std") if timms.get(key) is not None}
-    if any(not isinstance(value, list) or any(number != 0.5 for number in value) for value in scale.values()):
+    if any(list(value) != [0.5] * len(value) if isinstance(value, list | tuple) else True for value in scale.values()):
         told = " and ".join(f"{key} {value}" for key, value in scale.items())
         warnings.warn(
             f"{stored.source} was trained on images scaled by {told}: here they are scaled to [-1, 1], so its answers "

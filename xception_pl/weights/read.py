@@ -3,12 +3,15 @@
 import struct
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
+from xception_pl.nets.xception import Xception
 from xception_pl.weights.foreign import read_config
 from xception_pl.weights.hub import WEIGHT_FILES, as_hub_id, fetch, fetch_weights
+from xception_pl.weights.infer import model_of
 from xception_pl.weights.keras import WEIGHTS_MEMBER, read_keras_archive, read_keras_hdf5
 from xception_pl.weights.safetensors import read_safetensors
 from xception_pl.weights.stored import Stored, WeightsError
@@ -25,7 +28,7 @@ def read_weights(source: str | Path | nn.Module) -> Stored:
         WeightsError: there is nothing there, or nothing that can be read.
     """
     if isinstance(source, nn.Module):
-        return Stored(f"the given {type(source).__name__}", "a network", source.state_dict())
+        return _of_network(source)
     path = Path(source).expanduser()
     hub_id = None if path.exists() else as_hub_id(str(source))
     if path.is_dir():
@@ -41,6 +44,17 @@ def read_weights(source: str | Path | nn.Module) -> Stored:
         config = path / "config.json" if hub_id is None else _fetch_config(hub_id)
         if config is not None and config.is_file():
             stored.config = read_config(config)
+    return stored
+
+
+def _of_network(network: nn.Module) -> Stored:
+    """A network that is there already: ours, or timm's, which knows how its images were prepared."""
+    stored = Stored(f"the given {type(network).__name__}", "a network", network.state_dict())
+    if isinstance(network, Xception):
+        stored.model, stored.results = model_of(network), network.results
+        stored.preprocessing, stored.class_names, stored.loss = network.preprocessing, network.class_names, network.loss
+    elif isinstance(getattr(network, "pretrained_cfg", None), Mapping):
+        stored.config = {"pretrained_cfg": network.pretrained_cfg}
     return stored
 
 
