@@ -88,6 +88,7 @@ def test_a_hub_folder_has_the_runs_numbers(weights: Path, small: Xception, tmp_p
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "| top-1 | 75.00% |" in card
     assert "Measured on 8 images of split 'test' of ants." in card
+    assert json.loads((tmp_path / "hub" / "config.json").read_text())["problem_type"] == "multi_label_classification"
     assert "Trained with sigmoid: probabilities are the sigmoid of each output" in card
     assert sorted(item.name for item in (tmp_path / "hub").iterdir()) == [
         "README.md",
@@ -102,7 +103,18 @@ def test_numbers_travel_with_the_weights(weights: Path, tmp_path: Path) -> None:
     assert load_network(tmp_path / "hub").results == {"images": 8.0, "top1": 0.75, "data": "split 'test' of ants"}
 
 
-@pytest.mark.parametrize("metadata", ["[1]", '{"top1": true}', '{"top1": [0.5]}', json.dumps({"data": "x" * 500})])
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "[1]",
+        '{"top1": true}',
+        '{"top1": [0.5]}',
+        '{"images": "many"}',
+        '{"data": 5}',
+        '{"data": "a\\n# b"}',
+        json.dumps({"data": "x" * 500}),
+    ],
+)
 def test_results_that_are_none(weights: Path, tmp_path: Path, metadata: str) -> None:
     save_file(load_file(weights), tmp_path / "a", {"preprocessing": "{}", "results": metadata})
     with pytest.raises(ValueError, match="is damaged: its results are no numbers and texts"):

@@ -22,7 +22,7 @@ def theirs() -> nn.Module:
 
 def test_an_installed_network_brings_its_preprocessing_and_class_names() -> None:
     network = timm.create_model(
-        "legacy_xception", num_classes=2, pretrained_cfg_overlay={"input_size": (3, 224, 224), "label_names": ["ant", "bee"]}
+        "legacy_xception", num_classes=2, pretrained_cfg_overlay={"input_size": (3, 224, 224), "label_names": ("ant", "bee")}
     )  # fmt: skip
     loaded = load_network(network)
     assert loaded.class_names == ["ant", "bee"]

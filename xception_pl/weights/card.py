@@ -72,9 +72,9 @@ def _measured(results: Results) -> str:
     for name, label in _MEASURES.items():
         if name in results:
             interval = " (95 % interval {top1_low:.2%} to {top1_high:.2%})" if name == "top1" else ""
-            text = interval.format(**results) if "top1_low" in results else ""
+            text = interval.format(**results) if {"top1_low", "top1_high"} <= results.keys() else ""
             lines.append(f"| {label} | {_said(name, results[name])}{text} |")
-    images = f"{int(results['images']):,} images of " if "images" in results else ""
+    images = f"{results['images']:,.0f} images of " if "images" in results else ""
     prepared = f", prepared as {results['prepared']}" if "prepared" in results else ""
     return "\n".join([*lines, "", f"Measured on {images}{results.get('data', 'held-out images')}{prepared}."])
 

@@ -65,8 +65,9 @@ def _names(config: Mapping[str, Any]) -> list[str] | None:
             return None
         last = max(numbers)
         found = [numbers.get(i, str(i)) for i in range(last + 1)] if last < 2 * len(numbers) + 1000 else None
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+    if not isinstance(found, list | tuple) or not all(isinstance(name, str) for name in found):
         return None
+    found = list(found)
     return None if found == [f"LABEL_{i}" for i in range(len(found))] else found
 
 

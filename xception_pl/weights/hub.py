@@ -136,4 +136,6 @@ def timm_config(network: Xception, described: Mapping[str, Any]) -> dict[str, An
     }
     if network.class_names is not None:
         config["label_names"] = network.class_names
+    if network.loss == "sigmoid":
+        config["problem_type"] = "multi_label_classification"  # transformers' word for it; timm has none
     return config

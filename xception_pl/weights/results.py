@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xception_pl.weights.stored import Results, Stored, WeightsError
+from xception_pl.weights.stored import TEXTS, Results, Stored, WeightsError
 
 _MOST, _LONGEST = 40, 400  # entries, characters: a file may claim anything
 
@@ -29,13 +29,15 @@ def read_results(stored: Stored, results: Any) -> None:
         WeightsError: they are none.
     """
     fit = isinstance(results, Mapping) and len(results) <= _MOST
-    if not fit or not all(isinstance(name, str) and _is_result(value) for name, value in results.items()):
+    if not fit or not all(_is_result(name, value) for name, value in results.items()):
         raise WeightsError(f"{stored.source} is damaged: its results are no numbers and texts.")
     stored.results = dict(results)
 
 
-def _is_result(value: Any) -> bool:
-    return type(value) in (int, float) or (isinstance(value, str) and len(value) <= _LONGEST)
+def _is_result(name: Any, value: Any) -> bool:
+    if name in TEXTS:
+        return isinstance(value, str) and len(value) <= _LONGEST and value.isprintable()
+    return isinstance(name, str) and type(value) in (int, float)
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -63,7 +65,8 @@ def results_of_evaluation(path: Path, network: nn.Module) -> Results:
             raise WeightsError(f"--results {path} was measured with other weights: {names}.")
         low, high = found["top1_interval"]
         numbers = {name: float(found[name]) for name in ("images", "top1", "top5", "loss", "ece")}
-        texts = {"data": str(evaluation["data"]), "prepared": str(found["preprocessing"])}
+        data = f"{evaluation['data']}{', some excluded by a list' if evaluation['excluded'] else ''}"
+        texts = {"data": data, "prepared": str(found["preprocessing"])}
         return {**numbers, "top1_low": float(low), "top1_high": float(high), **texts}
     except OSError as error:
         raise WeightsError(f"--results {path} cannot be read: {error.strerror}.") from error

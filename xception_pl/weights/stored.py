@@ -12,7 +12,8 @@ from xception_pl.nets.preprocessing import Preprocessing
 from xception_pl.optim.config import Loss
 
 Results = dict[str, float | str]
-"""What was measured with weights: `images`, `top1`, `top5`, `loss` …, and in words `data`, the images, and `prepared`."""
+"""What was measured with weights: `images`, `top1`, `top5`, `loss` …, and of `TEXTS` in words the images and their preparation."""
+TEXTS = ("data", "prepared")
 
 
 class WeightsError(ValueError):
