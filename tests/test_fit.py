@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -206,6 +207,20 @@ def test_a_signal_to_every_process_saves_and_stops(number: signal.Signals, code:
     assert "Traceback" not in errors
     assert (only_run() / "checkpoints" / "last.ckpt").exists()
     assert (only_run() / "curves.png").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_during_the_imports_is_not_lost() -> None:
+    command = [sys.executable, "-m", "xception_pl.fit", "tiny.yaml"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    status = Path(f"/proc/{process.pid}/status")
+    while not int(re.findall(r"SigCgt:\s*(\w+)", status.read_text())[0], 16) >> (signal.SIGTERM - 1) & 1:
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGTERM)  # the handler is there, and nothing else yet
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "SIGTERM: stopped before the first step; there is nothing to save." in printed
+    assert "Traceback" not in errors
 
 
 def test_auto_starts_a_run_and_goes_on_with_it_by_the_same_command(

@@ -25,7 +25,7 @@ from xception_pl.data.plan import EpochPlan
 STEPS, EPOCHS = 8, 2
 
 
-def config(folder: Path, **changes: Any) -> DataConfig:
+def config(folder: Path, world: int, **changes: Any) -> DataConfig:
     made: dict[str, Any] = {
         "source": "ILSVRC/imagenet-1k",
         "image_size": 71,
@@ -35,7 +35,7 @@ def config(folder: Path, **changes: Any) -> DataConfig:
         "global_batch": 24,
         "eval_batch": 4,
         "shuffle_window": 64,
-        "cache_dir": str(folder / "cache"),
+        "cache_dir": str(folder / f"cache of {world}"),
     }
     return DataConfig(**{**made, **changes})
 
@@ -53,7 +53,7 @@ def end_with_a_corrupt_image(world: int, folder: Path) -> None:
     # of the last rank: rank 0 holds the store through which the others learn of it
     bad = EpochPlan(np.ones(48, np.int64), seed=1, epoch=0, global_batch=24).micro_batch(0, world - 1, world)[0]
     made = made.map(lambda row, i: {"image": {"bytes": b"", "path": None}} if i == bad else row, with_indices=True)
-    end(world, folder, ImageNetDataModule(config(folder, workers=0), seed=1, train=made, val=table(4)))
+    end(world, folder, ImageNetDataModule(config(folder, world, workers=0), seed=1, train=made, val=table(4)))
 
 
 def end(world: int, folder: Path, data: ImageNetDataModule) -> None:
@@ -74,29 +74,29 @@ def main() -> None:
         end_with_a_corrupt_image(world, folder)
         return
     if sys.argv[3:] == ["refused"]:
-        end(world, folder, ImageNetDataModule(config(folder, workers=0), seed=1))
+        end(world, folder, ImageNetDataModule(config(folder, world, workers=0), seed=1))
         return
     if sys.argv[3:]:
         for accumulate in (1, 2):
-            data = ImageNetDataModule(config(folder, workers=2), seed=1, accumulate=accumulate)
+            data = ImageNetDataModule(config(folder, world, workers=2), seed=1, accumulate=accumulate)
             trace = fit(folder, data, world, ckpt_path=sys.argv[3]).seen
             (folder / f"moved to {world}, accumulating {accumulate}.json").write_text(json.dumps(trace))
         return
     seen: dict[str, Any] = {}
     rank = 0
     for workers in (0, 2, 3):
-        tracer = fit(folder, ImageNetDataModule(config(folder, workers=workers), seed=1), world)
+        tracer = fit(folder, ImageNetDataModule(config(folder, world, workers=workers), seed=1), world)
         rank = tracer.global_rank
         seen[f"workers {workers}"] = {"train": tracer.seen, "val": tracer.evaluated}
     resumed, ckpt = [], None
     for stop in (3, 11, None):
         path = folder / f"world {world} step {stop}.ckpt"
         callbacks = [SaveAt(stop, path)] if stop else []
-        data = ImageNetDataModule(config(folder, workers=2), seed=1)
+        data = ImageNetDataModule(config(folder, world, workers=2), seed=1)
         resumed += fit(folder, data, world, callbacks=callbacks, ckpt_path=ckpt).seen
         ckpt = path
     seen["resumed twice"] = {"train": resumed}
-    one = ImageNetDataModule(config(folder, workers=0), seed=1, val=table(1))
+    one = ImageNetDataModule(config(folder, world, workers=0), seed=1, val=table(1))
     seen["one image to evaluate"] = {"val": fit(folder, one, world, limit_train_batches=1).evaluated}
     (folder / f"world {world} rank {rank}.json").write_text(json.dumps(seen))
 

@@ -56,4 +56,7 @@ def test_all_ranks_end_with_one_sentence(tmp_path: Path, failing: list[int], spl
         r"The last good checkpoint is run/checkpoints/last\.ckpt\.",
         said,
     )
+    written = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert not any(b"hf_rank" in file.read_bytes() for file in written)  # tokens
+    assert "hf_rank" not in errors + printed(tmp_path, "out")
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] > 0

@@ -1,7 +1,11 @@
 """Ranks in processes of their own agree on a run, and say a mistake once."""
 
+import multiprocessing
 import os
+import signal
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,17 @@ run: {tensorboard: false}
 """
 
 
-def fit(rank: int, argv: list[str], fails_on: int | None = None) -> int:
-    """The command; one rank's second batch may fail."""
+def broken() -> None:
+    raise FloatingPointError("this device is broken")
+
+
+def without_worker() -> None:
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+
+
+def fit(rank: int, argv: list[str], fails_on: int | None = None, fails: Callable[[], None] = broken) -> int:
+    """The command; something may happen to one rank before its second batch."""
     from xception_pl.fit import main
     from xception_pl.module import XceptionModule
 
@@ -29,7 +42,7 @@ def fit(rank: int, argv: list[str], fails_on: int | None = None) -> int:
 
         def training_step(self: XceptionModule, batch: Any, index: int) -> Any:
             if index == 1:
-                raise FloatingPointError("this device is broken")
+                fails()
             return original(self, batch, index)
 
         XceptionModule.training_step = training_step  # type: ignore[method-assign]
@@ -124,6 +137,40 @@ def test_an_error_on_rank_3_alone_is_shown_once_with_the_rank(tmp_path: Path) ->
     assert "error: rank 3 (" in errors
     assert "): FloatingPointError: this device is broken. There is no checkpoint yet.\n" in errors
     assert errors.count("Traceback") == 1
+
+
+def test_a_killed_loader_worker_of_one_rank_ends_all(tmp_path: Path) -> None:
+    write(tmp_path)
+    more = ["--data.workers=1", "--data.prefetch=1", "--trainer.limit_train_batches=20"]
+    assert on_ranks(2, fit, tmp_path, ["tiny.yaml", *more], 1, without_worker) == [1, 1]
+    (said,) = [line for line in printed(tmp_path, "err").splitlines() if line]
+    assert said.startswith("error: rank 1 (")
+    assert "): A loader worker was killed, by the system if memory ran out: lower data.workers, " in said
+
+
+def signalled(rank: int, argv: list[str]) -> int:
+    """Rank 0 gets a signal while it waits for rank 1, which is still to come."""
+    sent = Path("sent")
+
+    def send() -> None:
+        while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        sent.touch()
+
+    if rank == 0:
+        threading.Thread(target=send).start()
+    while rank and not sent.exists():
+        time.sleep(0.05)
+    return fit(rank, argv)
+
+
+def test_a_signal_before_the_ranks_have_met_is_not_lost(tmp_path: Path) -> None:
+    write(tmp_path)
+    assert on_ranks(2, signalled, tmp_path, ["tiny.yaml"]) == [128 + signal.SIGTERM] * 2, printed(tmp_path, "err")
+    assert printed(tmp_path, "out").count("SIGTERM: stopped before the first step; there is nothing to save.\n") == 1
+    assert printed(tmp_path, "err") == ""
 
 
 def test_all_ranks_write_to_one_folder_and_resume_one_checkpoint(tmp_path: Path) -> None:
