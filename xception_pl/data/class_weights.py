@@ -6,14 +6,13 @@ The paper weights "the contribution of each class" by how common it is in social
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from xception_pl.data.errors import DataError
-from xception_pl.data.fetch import RETRY_SECONDS
+from xception_pl.data.fetch import RETRY_SECONDS, each
 from xception_pl.data.source import ParquetSplit, Split, TableSplit
 from xception_pl.data.stream import read_labels
 
@@ -79,5 +78,4 @@ def _labels(split: Split, retry_seconds: float) -> Iterator[pa.Array]:
         yield from column.chunks
         return
     assert isinstance(split, ParquetSplit)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        yield from pool.map(lambda group: read_labels(split, group, retry_seconds), range(len(split.rows)))
+    yield from each(lambda group: read_labels(split, group, retry_seconds), range(len(split.rows)), _THREADS)

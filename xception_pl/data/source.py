@@ -9,7 +9,6 @@ import difflib
 import functools
 import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,7 @@ import pyarrow.parquet as pq
 
 from xception_pl.data.config import OUTFITS, local_path
 from xception_pl.data.errors import DataError, SourceUnreachable
-from xception_pl.data.fetch import answered, hub_parts, refusal
+from xception_pl.data.fetch import answered, each, hub_parts, refusal
 
 if TYPE_CHECKING:
     import datasets
@@ -308,8 +307,7 @@ def _parquet_split(
 
     from xception_pl.data.stream import kept_footer
 
-    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        footers = tuple(pool.map(functools.partial(kept_footer, keep=keep), files))
+    footers = tuple(each(functools.partial(kept_footer, keep=keep), files, _FOOTER_THREADS))
     features = Features.from_arrow_schema(footers[0].schema.to_arrow_schema())
     groups = [footer.row_group(g).num_rows for footer in footers for g in range(footer.num_row_groups)]
     return ParquetSplit(
