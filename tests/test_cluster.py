@@ -84,7 +84,7 @@ def test_two_nodes_train_together(cluster: Cluster) -> None:
     assert "Traceback" not in log
 
 
-STEPS = 200
+STEPS = 150
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_preemption_and_requeueing_change_no_weight(cluster: Cluster, undisturbe
     job, folder = submit(cluster, "requeued", STEPS)
     wait_for_step(cluster, job, folder, 10, start=0)
     cluster.call("scancel", "--signal=USR1", job)  # as SLURM does before the time ends
-    wait_for_step(cluster, job, folder, 60, start=1)
+    wait_for_step(cluster, job, folder, 40, start=1)
     assert "SIGUSR1: stopped after step" in log_of(folder, job)
     cluster.call("scontrol", "requeue", job)
     assert_went_on(cluster, job, folder, undisturbed)

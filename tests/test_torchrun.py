@@ -17,7 +17,7 @@ import torch
 from tests.processes import free_port, on_ranks, printed
 
 pytestmark = pytest.mark.slow
-STEPS = 300
+STEPS = 200
 RECIPE = f"""
 model: {{num_classes: 10, width: 0.125, middle_blocks: 1, bn_momentum: 0.1, dropout: 0.5}}
 data: {{source: sample, val_split: test, image_size: 71, global_batch: 8, workers: 0, shuffle_window: 512}}
