@@ -101,12 +101,13 @@ def sometimes(every: int, fault: Fault, at_most: int = 10**9) -> Fault:
     return maybe
 
 
-def of(token: str, fault: Fault, after: int = 0) -> Fault:
-    """A fault for those alone who come with this token, at each read after so many."""
+def of(token: str, part: str, fault: Fault, after: int = 0) -> Fault:
+    """A fault for those alone who come with this token, at each of their reads, after so many, of files with this in their names."""
     count = itertools.count()
 
     def maybe(request: BaseHTTPRequestHandler, data: bytes) -> bool:
-        return request.headers["Authorization"] == f"Bearer {token}" and next(count) >= after and fault(request, data)
+        hit = request.headers["Authorization"] == f"Bearer {token}" and part in request.path and next(count) >= after
+        return hit and fault(request, data)
 
     return maybe
 
