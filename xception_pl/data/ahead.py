@@ -121,7 +121,8 @@ def _run(
                 else:
                     time.sleep(_PAUSE)
                 continue
-            pending.add(pool.submit(fetch, following[2]))
+            if not cache.has(following[2]):  # most are there after the first epoch: no thread is woken for them
+                pending.add(pool.submit(fetch, following[2]))
             following = None
 
 
