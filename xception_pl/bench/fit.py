@@ -131,6 +131,7 @@ def measure(prepared: "Prepared", folder: Path, *, rounds: int, steps: int | Non
     """Trains for a while, in turns with the bare loop and the loader alone."""
     from xception_pl.build import build_trainer
     from xception_pl.run.interrupt import SignalFlag
+    from xception_pl.run.progress import ProgressLine
 
     recipe, data = prepared.plan.recipe, prepared.data
     bare = BareLoop(prepared)
@@ -142,7 +143,9 @@ def measure(prepared: "Prepared", folder: Path, *, rounds: int, steps: int | Non
     gate = Gate(loader, bare, ahead=ahead, rounds=rounds, steps=steps, accumulate=prepared.plan.accumulated)
     recipe.trainer.limit_train_batches = None
     trainer, _ = build_trainer(recipe, folder, accelerator=prepared.accelerator, devices=1, signals=SignalFlag())
-    with patch.object(data, "train_dataloader", lambda: gate):
+    # The line would count the turns as steps of the recipe: it is made, and not shown.
+    hidden = patch.object(ProgressLine, "_show", lambda self, trainer, text: None)
+    with patch.object(data, "train_dataloader", lambda: gate), hidden:
         trainer.fit(prepared.module, datamodule=data)
     batch = recipe.data.global_batch // prepared.plan.accumulated
 
