@@ -234,3 +234,12 @@ def test_without_a_compiler_the_plan_says_so(monkeypatch: pytest.MonkeyPatch, tm
 def test_a_short_vector_unit_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_layers, "measured", lambda: False)
     assert use_kernels(network(), "auto", CPU) == "torch: the kernels for the processor were measured with AVX2 alone"
+
+
+@pytest.mark.parametrize(
+    ("width", "path"),
+    [(0.25, "torch: the kernels for the processor are faster from half the paper's width on"), (0.5, "fused: cpu.c")],
+)
+def test_auto_leaves_narrow_networks_to_torch(monkeypatch: pytest.MonkeyPatch, width: float, path: str) -> None:
+    monkeypatch.setattr(cpu_layers, "measured", lambda: True)
+    assert use_kernels(network(width=width), "auto", CPU).startswith(path)

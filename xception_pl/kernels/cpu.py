@@ -26,9 +26,17 @@ def unavailable(network: Xception, device: torch.device) -> str | None:
     return problem
 
 
+WIDE = 1024
+"""Features of a network that is half as wide as Figure 5's."""
+
+
 def unproven(network: Xception, device: torch.device) -> str | None:
     """Why `auto` leaves the path."""
-    return None if layers.measured() else "the kernels for the processor were measured with AVX2 alone"
+    if not layers.measured():
+        return "the kernels for the processor were measured with AVX2 alone"
+    if network.num_features < WIDE:  # their calls cost more than memory saves: docs/performance_cpu.md
+        return "the kernels for the processor are faster from half the paper's width on"
+    return None
 
 
 def fuse(network: Xception) -> str:
