@@ -6,8 +6,11 @@ out; the exit code is then 1.
 """
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from xception_pl.commands import FAILED, Parser, one_sentence_errors, progress_bar
@@ -60,6 +63,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+@contextmanager
+def _read_no_further() -> Iterator[None]:
+    """Ends without a word when what reads standard output has seen enough, as `head` has."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     options = parse(arguments)
@@ -81,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             compiled=options.compile,
         )
         pictures = predictor.find(options.images, split=options.split)
-        with progress_bar(sum(map(len, pictures))) as advance, predictor.writer(options.output, form) as writer:
+        bar = progress_bar(sum(map(len, pictures)))
+        with _read_no_further(), bar as advance, predictor.writer(options.output, form) as writer:
             for outcome in predictor.outcomes(pictures, top=options.top, batch=options.batch, workers=options.workers):
                 advance(1)
                 if outcome.problem is None:

@@ -125,6 +125,18 @@ def test_label_lists_have_a_probability_of_their_own_for_each_class(
         assert network.predict(line["image"])[0] == pytest.approx(expected, abs=1e-5)  # type: ignore[operator]
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(weights: str, folder: Path) -> None:
+    command = [sys.executable, "-m", "xception_pl.predict", weights, str(folder), "--device", "cpu", "--batch", "1"]
+    process = subprocess.Popen(
+        [*command, "--format", "jsonl"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(120) == 128 + 13
+    assert process.stderr is not None
+    assert not any(line.startswith(("error", "Traceback")) for line in process.stderr)
+
+
 def test_a_list_on_standard_input(
     weights: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
