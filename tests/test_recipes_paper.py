@@ -249,7 +249,9 @@ def test_a_label_outside_the_classes(
 
     short = ["--data.workers=0", "--model.width=0.125", "--trainer.enable_progress_bar=false"]
     assert main([recipe, "--data.source=set", "--data.class_weights=null", *short]) == 1
-    expected = "error: Row 7 of split 'train' of set has label 12: the network has 10 classes."
+    expected = (
+        "error: Row 7 of split 'train' of set has label 12: the network has 10 classes. There is no checkpoint yet."
+    )
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")] == [expected]
 
 
