@@ -306,10 +306,7 @@ static __attribute__((noinline)) void multiply_rows(int depth, int rows, const f
 /* `count` sums of columns of `a`; those that lie behind `out` come next. */
 static __attribute__((noinline)) void multiply_columns(int count, const float *a, long step, const float *b, float *out,
                                                        int add) {
-  if (add)
-    multiply(count, a, 1, step, b, out + ROWS * PANEL, 1, out, 1);
-  else
-    multiply(count, a, 1, step, b, out + ROWS * PANEL, 1, out, 0);
+  multiply(count, a, 1, step, b, out + ROWS * PANEL, 1, out, add);
 }
 
 /* The right-hand side of a product in panels of PANEL columns, row by row, with zeros after the last column.
@@ -698,7 +695,7 @@ static struct cut cut(int rows, int columns, int count) {
   k.tall = over(rows, k.block_rows), k.wide = over(columns, k.block_columns);
   int all = over(count, CHUNK);
   /* Enough for many threads, few enough for the partial sums not to be a map of their own. */
-  int most = larger(8, (1 << 22) / (rows * columns));
+  int most = larger(8, (int)((1L << 22) / ((long)rows * columns)));
   k.segments = larger(1, smaller(smaller(over(32, k.tall * k.wide), most), all / 2));
   k.chunks = over(all, k.segments);
   k.segments = over(all, k.chunks);

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xception_pl.durable import durable_write
 from xception_pl.kernels.choose import Kernels
-from xception_pl.kernels.cpu_layers import measured
+from xception_pl.kernels.cpu_layers import measured, unfit
 from xception_pl.kernels.inference import fast_inference
 from xception_pl.nets.fold import fold_batch_norm
 from xception_pl.prediction.gradcam import grad_cam, overlay
@@ -124,12 +124,10 @@ def _with_kernels(network: Any, device: torch.device, kernels: Kernels) -> Any:
     """The network, or what gives the same by a CPU's own kernels."""
     if kernels == "torch" or (kernels == "auto" and not (device.type == "cpu" and measured())):
         return network
-    fast = fast_inference(network)
-    if kernels == "fused" and fast.steps is None:
-        raise ValueError(
-            f"--kernels fused is not possible here: {fast.path.removeprefix('torch: ')}; use auto or torch."
-        )
-    return fast
+    problem = unfit(network)
+    if kernels == "fused" and problem is not None:
+        raise ValueError(f"--kernels fused is not possible here: {problem}; use auto or torch.")
+    return fast_inference(network)
 
 
 def _forward(network: Any, features: bool, heat: bool) -> Callable[[Tensor], Output]:
