@@ -162,9 +162,10 @@ def one_sentence_errors(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except RecipeError as error:
+        # each line in one piece, its end too: several processes may write here
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            sys.stderr.write(f"error: {problem}\n")
         raise SystemExit(MISTAKE) from None
     except kinds as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         raise SystemExit(MISTAKE) from None

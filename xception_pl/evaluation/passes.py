@@ -95,6 +95,7 @@ def run_pass(
     Raises:
         DataError: the source cannot be read.
         ValueError: a network gives NaN.
+            Either, found by any process, ends all of them.
     """
     form = Format(channels=channels, classes=classes, multi_label=False)
     share = _Share(split, replace(config, val_corrupt="skip"), form, rank=fabric.global_rank, world=fabric.world_size)
@@ -116,9 +117,9 @@ def run_pass(
     everyone = _gathered(
         fabric, ([joined(found) for found in parts if found], corrupt, time.perf_counter() - began, error)
     )
-    failed = [problem for *_, problem in everyone if problem is not None]
-    if failed:
-        raise failed[0]
+    problem = fabric.broadcast(next((problem for *_, problem in everyone if problem is not None), None))
+    if problem is not None:
+        raise problem
     scores = [joined([shares[i] for shares, *_ in everyone if shares]) for i in range(len(subjects))]
     listed = {image.row: image for _, images, *_ in everyone for image in images}
     return Pass(

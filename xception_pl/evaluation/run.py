@@ -115,15 +115,20 @@ def evaluate(
             chosen = [i for i, one in enumerate(wanted) if one == (size, crop, channels)]
             for i in chosen:
                 networks[i].to(fabric.device).to(memory_format=torch.channels_last)
-            found = run_pass(
-                fabric,
-                [Subject(networks[i], classes[i][0], networks[i].loss) for i in chosen],
-                split,
-                replace(config, image_size=size, eval_crop=cast(Any, crop)),
-                channels=channels,
-                classes=max(len(classes[i][0]) for i in chosen),
-                advance=advance,
-            )
+            try:
+                found = run_pass(
+                    fabric,
+                    [Subject(networks[i], classes[i][0], networks[i].loss) for i in chosen],
+                    split,
+                    replace(config, image_size=size, eval_crop=cast(Any, crop)),
+                    channels=channels,
+                    classes=max(len(classes[i][0]) for i in chosen),
+                    advance=advance,
+                )
+            except ValueError:
+                if fabric.global_rank == 0:
+                    raise
+                return None  # the first says it; torchrun would end it at once if this one failed before
             for i, of_one in zip(chosen, found.scores, strict=True):
                 scores[i] = of_one
             corrupt |= {image.row: image for image in found.corrupt}
