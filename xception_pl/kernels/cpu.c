@@ -351,16 +351,21 @@ inline_always void finish(const struct right *r, const float *sums, int first, i
         store(r->out + at + n * WIDTH, v, lanes);
     }
   if (!r->moments) return;
+  vec mean[2][2] = {0}, squares[2][2] = {0}; /* of even and odd rows: a sum waits for itself */
+  int even = rows / 2 * 2;
+#define EACH_ROW(...)                                                                                       \
+  for (int p = 0; p < even; p += 2)                                                                         \
+    for (int i = 0; i < 2; i++)                                                                             \
+      for (int n = 0; n < group; n++) { vec v = load(sums + (p + i) * PANEL + n * WIDTH, WIDTH); __VA_ARGS__ } \
+  for (int i = 0; even < rows && i < 1; i++)                                                                \
+    for (int n = 0; n < group; n++) { vec v = load(sums + even * PANEL + n * WIDTH, WIDTH); __VA_ARGS__ }
+  EACH_ROW(mean[i][n] += v;)
+  for (int n = 0; n < group; n++) mean[0][n] = (mean[0][n] + mean[1][n]) * splat(1.0f / (float)rows);
+  EACH_ROW(v -= mean[0][n]; squares[i][n] += v * v;)
+#undef EACH_ROW
   for (int n = 0; n < group; n++) {
-    vec mean = zero, squares = zero;
-    for (int p = 0; p < rows; p++) mean += load(sums + p * PANEL + n * WIDTH, WIDTH);
-    mean *= splat(1.0f / (float)rows);
-    for (int p = 0; p < rows; p++) {
-      vec v = load(sums + p * PANEL + n * WIDTH, WIDTH) - mean;
-      squares += v * v;
-    }
-    store(r->moments + (2L * tile) * r->columns + c + n * WIDTH, mean, lanes);
-    store(r->moments + (2L * tile + 1) * r->columns + c + n * WIDTH, squares, lanes);
+    store(r->moments + (2L * tile) * r->columns + c + n * WIDTH, mean[0][n], lanes);
+    store(r->moments + (2L * tile + 1) * r->columns + c + n * WIDTH, squares[0][n] + squares[1][n], lanes);
   }
 }
 
