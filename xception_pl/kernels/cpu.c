@@ -296,12 +296,20 @@ inline_always void multiply(int count, const float *a, long apart, long forward,
     to[1] = add ? to[1] + sum[i][1] : sum[i][1];
   }
 }
-/* A panel of the product: `rows` rows of `a`, of which each fetches its share of the next panel. */
+/* Memory that is fetched into the second-level cache a share at a time. */
+struct fetch {
+  const float *at, *end;
+  long share;
+};
+/* A panel of the product: `rows` rows of `a`, of which each fetches its share of the next panel, and one of `soon`. */
 static __attribute__((noinline)) void multiply_rows(int depth, int rows, const float *a, long step, const float *b,
-                                                    float *out) {
+                                                    float *out, struct fetch *soon) {
   int groups = over(rows, ROWS), each = over(PANEL, groups);
-  for (int g = 0; g < groups; g++, a += ROWS * step, out += ROWS * PANEL)
+  for (int g = 0; g < groups; g++, a += ROWS * step, out += ROWS * PANEL) {
+    const float *end = soon->end - soon->at > soon->share ? soon->at + soon->share : soon->end;
+    for (; soon->at < end; soon->at += PANEL) __builtin_prefetch(soon->at, 0, 2);
     multiply(depth, a, step, 1, b, b + (long)depth * PANEL * (groups + g) / groups, each, out, 0);
+  }
 }
 /* `count` sums of columns of `a`; those that lie behind `out` come next. */
 static __attribute__((noinline)) void multiply_columns(int count, const float *a, long step, const float *b, float *out,
@@ -369,12 +377,23 @@ inline_always void finish(const struct right *r, const float *sums, int first, i
   }
 }
 
+/* What the tile of `rows` pixels from `first` on reads that those before it did not, in as many shares as `times`. */
+static struct fetch new_input(const struct left *l, long first, int rows, int times) {
+  struct fetch f = {0};
+  if (l->kind == PATCHES || l->stride > 1 || first >= pixels(l)) return f;
+  long down = l->kind == DEPTHWISE ? (long)l->dilation * l->width : 0, last = (long)l->batch * l->height * l->width;
+  long from = first + down < last ? first + down : last, to = from + rows < last ? from + rows : last;
+  f.at = l->in + from * l->channels, f.end = l->in + to * l->channels;
+  f.share = ((f.end - f.at) / times / PANEL + 1) * PANEL;
+  return f;
+}
+
 static void *room(size_t floats) { return aligned_alloc(64, (sizeof(float) * floats + 63) / 64 * 64); }
 
 /* out = left x packed, and what `right` adds. Returns 0, or 1 when memory is short. */
 int product(const struct left *l, const struct right *r, int threads) {
   int K = depth(l), count = pixels(l), rows = tile_pixels(count, K), tiles = over(count, rows);
-  int panels = over(r->columns, PANEL), failed = 0;
+  int panels = over(r->columns, PANEL), failed = 0, taken = 0;
   /* Where tiles are few, several threads take a share of the columns of each, and each makes its left-hand side. */
   int shares = larger(1, smaller(panels / 4, over(4 * threads, tiles)));
   int streamed = (long)count * r->columns > LARGE && r->columns % PANEL == 0 && (uintptr_t)r->out % 64 == 0;
@@ -385,14 +404,19 @@ int product(const struct left *l, const struct right *r, int threads) {
     struct tile t = {left, step, 0, 0};
     failed = !left || !sums;
     if (!failed) memset(left, 0, sizeof(float) * (size_t)rows * step);
-#pragma omp for schedule(dynamic)
-    for (int task = 0; task < tiles * shares; task++) {
-      if (failed) continue;
+    int task, next; /* taken before they are needed, so that their input can be fetched */
+#pragma omp atomic capture
+    next = taken++;
+    while (!failed && next < tiles * shares) {
+      task = next;
+#pragma omp atomic capture
+      next = taken++;
       int tile = task / shares, share = task % shares, first = tile * rows, here = smaller(rows, count - first);
       fill(l, first, here, &t, 0, K);
+      struct fetch soon = new_input(l, (long)(next / shares) * rows, rows, panels / shares * over(here, ROWS));
       for (int panel = share * panels / shares; panel < (share + 1) * panels / shares; panel++) {
         const float *b = r->packed + (long)panel * K * PANEL;
-        multiply_rows(K, here, left, step, b, sums);
+        multiply_rows(K, here, left, step, b, sums, &soon);
         int column = panel * PANEL;
         if (column + PANEL <= r->columns && streamed)
           finish(r, sums, first, here, tile, column, WIDTH, 2, 1);
@@ -413,17 +437,19 @@ void join_moments(const float *moments, int count, int rows, int channels, float
                   int threads) {
   int tiles = over(count, rows);
 #pragma omp parallel for schedule(static) num_threads(threads)
-  for (int c = 0; c < channels; c++) {
-    double sum = 0, squares = 0;
+  for (int from = 0; from < channels; from += 64) { /* along the memory */
+    double sum[64] = {0}, squares[64] = {0};
+    int here = smaller(64, channels - from);
     for (int tile = 0; tile < tiles; tile++)
-      sum += moments[2L * tile * channels + c] * (double)smaller(rows, count - tile * rows);
-    sum /= count;
-    for (int tile = 0; tile < tiles; tile++) {
-      double off = moments[2L * tile * channels + c] - sum;
-      squares += moments[(2L * tile + 1) * channels + c] + off * off * smaller(rows, count - tile * rows);
-    }
-    mean[c] = (float)sum;
-    variance[c] = (float)(squares / count);
+      for (int i = 0; i < here; i++)
+        sum[i] += moments[2L * tile * channels + from + i] * (double)smaller(rows, count - tile * rows);
+    for (int i = 0; i < here; i++) sum[i] /= count;
+    for (int tile = 0; tile < tiles; tile++)
+      for (int i = 0; i < here; i++) {
+        double off = moments[2L * tile * channels + from + i] - sum[i];
+        squares[i] += moments[(2L * tile + 1) * channels + from + i] + off * off * smaller(rows, count - tile * rows);
+      }
+    for (int i = 0; i < here; i++) mean[from + i] = (float)sum[i], variance[from + i] = (float)(squares[i] / count);
   }
 }
 
@@ -604,68 +630,66 @@ struct depthwise_gradient {
   float *sums;  /* (11, channels): gradients of the nine taps, then as in norm_sums() */
 };
 
-enum { SPAN = 8 }; /* pixels of a row at a time: their cache lines must not evict each other */
+enum { SPAN = 80 }; /* pixels of a row at a time */
 
-inline_always void depthwise_span(const struct depthwise_gradient *d, int row, int x0, int fresh, float *part, int c,
+/* Pixels [x0, x1) of a row, for a vector of channels. Every column of the gradient is read once; it takes part in the sums
+ * of three pixels and, with what these three read, in the taps. */
+inline_always void depthwise_span(const struct depthwise_gradient *d, int row, int x0, int x1, int fresh, float *part, int c,
                                   int lanes) {
   const struct left *l = d->left;
-  int C = l->channels, W = l->width, H = l->height, y = row % H, e = l->dilation;
+  int C = l->channels, W = l->width, H = l->height, y = row % H, e = l->dilation, s = d->added_stride;
   const vec zero = {0}, floor = splat(l->floor);
   vec scale = l->scale ? load(l->scale + c, lanes) : splat(1), shift = l->scale ? load(l->shift + c, lanes) : zero;
   vec middle = d->mean ? load(d->mean + c, lanes) : zero, sum = zero, product = zero, taps[3][3], w[3][3];
-  static const float none[WIDTH];
-  const float *from[3];
-  long step[3], line = (long)row * W * C + c;
+  long line = (long)row * W * C + c;
+  const float *in = l->in + line, *added = d->added, *from[3];
+  float *out = d->out + line;
   for (int i = 0; i < 3; i++) {
     int at = y - (i - 1) * e, inside = at >= 0 && at < H;
-    from[i] = inside ? d->g + line - (long)(i - 1) * e * W * C : none;
-    step[i] = inside ? C : 0;
-    for (int j = 0; j < 3; j++) taps[i][j] = zero, w[i][j] = load(l->depthwise + (3 * i + j) * C + c, lanes);
+    from[i] = d->g + line - (inside ? (long)(i - 1) * e * W * C : 0);
+    for (int j = 0; j < 3; j++) taps[i][j] = zero, w[i][j] = inside ? load(l->depthwise + (3 * i + j) * C + c, lanes) : zero;
   }
-  const float *in = l->in + line, *added = d->added;
-  float *out = d->out + line;
-  int s = d->added_stride;
   if (added && y % s == 0)
     added += ((long)(row / H * over(H, s) + y / s) * over(W, s)) * C + c;
   else
     added = NULL;
-  for (int x = x0; x < smaller(W, x0 + SPAN) && c % PANEL == 0; x++) { /* the cache's next line of each new row */
-    __builtin_prefetch(from[0] + x * step[0] + PANEL);
-    __builtin_prefetch(in + (long)x * C + PANEL);
-    __builtin_prefetch(out + (long)x * C + PANEL, 1);
+#define READ(x) at_least(floor, load(in + (long)(x) * C, lanes) * scale + shift)
+  for (int start = x0; start < smaller(x0 + e, x1); start++) {
+    vec before = zero, here = zero, after = READ(start), last = zero, now = zero;
+    for (int x = start - e; x - e < x1; x += e) { /* `last` and `now` are the sums of pixels x - e and x */
+      vec next = zero;
+      if (x >= 0 && x < W) {
+        const float *ahead = in + (long)x * C + PANEL;
+        if (c % PANEL == 0) __builtin_prefetch(ahead);
+#pragma GCC unroll 3
+        for (int i = 0; i < 3; i++) {
+          const float *at = from[i] + (long)x * C;
+          vec g = load(at, lanes);
+          if (c % PANEL == 0) __builtin_prefetch(at + PANEL);
+          last += w[i][0] * g;
+          now += w[i][1] * g;
+          next += w[i][2] * g;
+          taps[i][0] += before * g;
+          taps[i][1] += here * g;
+          taps[i][2] += after * g;
+        }
+      }
+      if (x - e >= x0) {
+        vec u = load(in + (long)(x - e) * C, lanes);
+        vec r = choose(u * scale + shift > floor, last, zero);
+        sum += r;
+        product += r * (u - middle);
+        if (added && (x - e) % s == 0) r += load(added + (long)((x - e) / s) * C, lanes);
+        store(out + (long)(x - e) * C, r, lanes);
+        if (c % PANEL == 0) __builtin_prefetch(out + (long)(x - e) * C + PANEL, 1);
+      }
+      before = here, here = after, last = now, now = next;
+      after = x + 2 * e < x1 ? READ(x + 2 * e) : zero;
+    }
   }
-  /* Twice over the span, so that the taps' weights and then their nine sums stay in registers. */
-#define EACH_NEIGHBOUR(inside, ...)                          \
-  for (int j = 0; j < 3; j++) {                              \
-    int ix = x - (j - 1) * e;                                \
-    if (!(inside) && (ix < 0 || ix >= W)) continue;          \
-    for (int i = 0; i < 3; i++) {                            \
-      vec g = load(from[i] + ix * step[i], lanes);           \
-      __VA_ARGS__                                            \
-    }                                                        \
-  }
-#define EACH_PIXEL(...)                                                                \
-  {                                                                                    \
-    int x = x0, end = smaller(W, x0 + SPAN);                                           \
-    for (; x < smaller(e, end); x++) { enum { inside = 0 }; __VA_ARGS__ }              \
-    for (; x < smaller(W - e, end); x++) { enum { inside = 1 }; __VA_ARGS__ }          \
-    for (; x < end; x++) { enum { inside = 0 }; __VA_ARGS__ }                          \
-  }
-  EACH_PIXEL({
-    vec u = load(in + (long)x * C, lanes), r = zero;
-    EACH_NEIGHBOUR(inside, { r += w[i][j] * g; })
-    r = choose(u * scale + shift > floor, r, zero);
-    sum += r;
-    product += r * (u - middle);
-    if (added && x % s == 0) r += load(added + (long)(x / s) * C, lanes);
-    store(out + (long)x * C, r, lanes);
-  })
-  EACH_PIXEL({
-    vec a = at_least(floor, load(in + (long)x * C, lanes) * scale + shift);
-    EACH_NEIGHBOUR(inside, { taps[i][j] += a * g; })
-  })
-#undef EACH_NEIGHBOUR
-#undef EACH_PIXEL
+#undef READ
+  for (int i = 0; i < 3; i++) /* a row outside counts nothing */
+    if (y - (i - 1) * e < 0 || y - (i - 1) * e >= H) taps[i][0] = taps[i][1] = taps[i][2] = zero;
   for (int k = 0; k < 11; k++) {
     vec v = k < 9 ? taps[k / 3][k % 3] : k == 9 ? sum : product;
     store(part + k * C + c, fresh ? v : load(part + k * C + c, lanes) + v, lanes);
@@ -673,13 +697,13 @@ inline_always void depthwise_span(const struct depthwise_gradient *d, int row, i
 }
 
 void depthwise_backward(const struct depthwise_gradient *d, int threads) {
-  int C = d->left->channels, rows = d->left->batch * d->left->height, share = over(rows, MOST), tasks = over(rows, share);
+  int C = d->left->channels, rows = d->left->batch * d->left->height, share = larger(4, over(rows, MOST)), tasks = over(rows, share);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int task = 0; task < tasks; task++)
     for (int row = task * share; row < smaller(rows, (task + 1) * share); row++)
       for (int x = 0; x < d->left->width; x += SPAN)
         EACH_VECTOR(0, C, {
-          depthwise_span(d, row, x, row == task * share && !x, d->parts + task * 11L * C, c, lanes);
+          depthwise_span(d, row, x, smaller(d->left->width, x + SPAN), row == task * share && !x, d->parts + task * 11L * C, c, lanes);
         });
   join(d->parts, tasks, 11L * C, d->sums, threads);
 }
