@@ -276,6 +276,7 @@ inline_always void multiply(int count, const float *a, long apart, long forward,
                             int each, float *out, int add) {
   vec sum[ROWS][2];
   for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][1] = (vec){0};
+#pragma GCC unroll 8
   for (int k = 0; k < count; k++) {
     vec left = *(const vec_loose *)b, right = *(const vec_loose *)(b + WIDTH);
 #pragma GCC unroll 6
@@ -314,7 +315,10 @@ static __attribute__((noinline)) void multiply_rows(int depth, int rows, const f
 /* `count` sums of columns of `a`; those that lie behind `out` come next. */
 static __attribute__((noinline)) void multiply_columns(int count, const float *a, long step, const float *b, float *out,
                                                        int add) {
-  multiply(count, a, 1, step, b, out + ROWS * PANEL, 1, out, add);
+  if (count == CHUNK) /* a constant: its loop has no rest */
+    multiply(CHUNK, a, 1, step, b, out + ROWS * PANEL, 1, out, add);
+  else
+    multiply(count, a, 1, step, b, out + ROWS * PANEL, 1, out, add);
 }
 
 /* The right-hand side of a product in panels of PANEL columns, row by row, with zeros after the last column.
