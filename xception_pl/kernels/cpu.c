@@ -207,15 +207,17 @@ static void depthwise(const struct left *l, const float *image, int y, int x0, i
 /* The patch that one output pixel sees, or for a 1 x 1 convolution the pixel itself. */
 static void patch(const struct left *l, const float *image, int y, int x, const struct tile *t, int pixel, int from,
                   int to) {
-  int C = l->channels, side = l->kind == PATCHES ? 3 : 1;
+  int C = l->channels, side = l->kind == PATCHES ? 3 : 1, plain = !t->panel && !l->scale && l->floor == -INFINITY;
   const vec floor = splat(l->floor);
   for (int tap = 0; tap < side * side; tap++) {
     int iy = y * l->stride - l->padding + tap / side, ix = x * l->stride - l->padding + tap % side;
     int inside = iy >= 0 && iy < l->height && ix >= 0 && ix < l->width, base = tap * C;
     const float *in = image + ((long)iy * l->width + ix) * C;
     int low = larger(from, base) - base, high = smaller(to, base + C) - base;
-    if (!t->panel && inside && !l->scale && l->floor == -INFINITY && low < high) {
-      memcpy(place(t, base + low) + pixel * t->step, in + low, sizeof(float) * (size_t)(high - low));
+    if (plain && inside && low < high) {
+      int row = tap % side == 0 && ix + side <= l->width && high == C ? smaller(side, (to - base) / C) : 1; /* taps beside it */
+      memcpy(place(t, base + low) + pixel * t->step, in + low, sizeof(float) * (size_t)(high - low + (row - 1) * C));
+      tap += row - 1;
       continue;
     }
     for (int c = low; c < high;) { /* vectors end where a panel of columns ends */
@@ -302,15 +304,13 @@ struct fetch {
   const float *at, *end;
   long share;
 };
-/* A panel of the product: `rows` rows of `a`, of which each fetches its share of the next panel, and one of `soon`. */
-static __attribute__((noinline)) void multiply_rows(int depth, int rows, const float *a, long step, const float *b,
-                                                    float *out, struct fetch *soon) {
-  int groups = over(rows, ROWS), each = over(PANEL, groups);
-  for (int g = 0; g < groups; g++, a += ROWS * step, out += ROWS * PANEL) {
-    const float *end = soon->end - soon->at > soon->share ? soon->at + soon->share : soon->end;
-    for (; soon->at < end; soon->at += PANEL) __builtin_prefetch(soon->at, 0, 2);
-    multiply(depth, a, step, 1, b, b + (long)depth * PANEL * (groups + g) / groups, each, out, 0);
-  }
+/* ROWS rows of a panel of the product, which meanwhile fetch what lies at `next`, `each` floats a step, and a share of
+ * `soon`. */
+static __attribute__((noinline)) void multiply_rows(int depth, const float *a, long step, const float *b,
+                                                    const float *next, int each, float *out, struct fetch *soon) {
+  const float *end = soon->end - soon->at > soon->share ? soon->at + soon->share : soon->end;
+  for (; soon->at < end; soon->at += PANEL) __builtin_prefetch(soon->at, 0, 2);
+  multiply(depth, a, step, 1, b, next, each, out, 0);
 }
 /* `count` sums of columns of `a`; those that lie behind `out` come next. */
 static __attribute__((noinline)) void multiply_columns(int count, const float *a, long step, const float *b, float *out,
@@ -341,14 +341,14 @@ void pack(const float *in, long row, long column, int depth, int columns, float 
 }
 int packed_floats(int depth, int columns) { return over(columns, PANEL) * depth * PANEL; }
 
-/* Write `group` vectors of a panel of the product, `rows` of them from pixel `first` on, and note their moments. */
-inline_always void finish(const struct right *r, const float *sums, int first, int rows, int tile, int c, int lanes,
-                          int group, int streamed) {
-  const vec zero = {0}, floor = splat(r->floor);
+/* Write `group` vectors of a panel of the product, `rows` of them from pixel `first` on. */
+inline_always void finish(const struct right *r, const float *sums, int first, int rows, int c, int lanes, int group,
+                          int streamed) {
+  const vec floor = splat(r->floor);
   vec scale[2], shift[2];
   for (int n = 0; n < group; n++) {
     scale[n] = r->scale ? load(r->scale + c + n * WIDTH, lanes) : splat(1);
-    shift[n] = r->scale ? load(r->shift + c + n * WIDTH, lanes) : zero;
+    shift[n] = r->scale ? load(r->shift + c + n * WIDTH, lanes) : splat(0);
   }
   long at = (long)first * r->columns + c;
   for (int p = 0; p < rows; p++, at += r->columns)
@@ -362,7 +362,10 @@ inline_always void finish(const struct right *r, const float *sums, int first, i
       else
         store(r->out + at + n * WIDTH, v, lanes);
     }
-  if (!r->moments) return;
+}
+
+/* The moments of `group` vectors of a panel, over a tile of `rows`. */
+inline_always void note_moments(const struct right *r, const float *sums, int rows, int tile, int c, int lanes, int group) {
   vec mean[2][2] = {0}, squares[2][2] = {0}; /* of even and odd rows: a sum waits for itself */
   int even = rows / 2 * 2;
 #define EACH_ROW(...)                                                                                       \
@@ -419,15 +422,29 @@ int product(const struct left *l, const struct right *r, int threads) {
       fill(l, first, here, &t, 0, K);
       struct fetch soon = new_input(l, (long)(next / shares) * rows, rows, panels / shares * over(here, ROWS));
       for (int panel = share * panels / shares; panel < (share + 1) * panels / shares; panel++) {
-        const float *b = r->packed + (long)panel * K * PANEL;
-        multiply_rows(K, here, left, step, b, sums, &soon);
-        int column = panel * PANEL;
-        if (column + PANEL <= r->columns && streamed)
-          finish(r, sums, first, here, tile, column, WIDTH, 2, 1);
-        else if (column + PANEL <= r->columns)
-          finish(r, sums, first, here, tile, column, WIDTH, 2, 0);
-        else
-          EACH_VECTOR(column, r->columns, { finish(r, sums + c % PANEL, first, here, tile, c, lanes, 1, 0); });
+        const float *b = r->packed + (long)panel * K * PANEL, *next = b + (long)K * PANEL;
+        int column = panel * PANEL, whole = column + PANEL <= r->columns, groups = over(here, ROWS);
+        for (int g = 0; g < groups; g++) {
+          int row = g * ROWS, some = smaller(ROWS, here - row);
+          float *out = sums + row * PANEL;
+          if (!streamed)
+            for (int i = 0; i < some; i++) {
+              if (r->added) __builtin_prefetch(r->added + (long)(first + row + i) * r->columns + column + PANEL - 1);
+              __builtin_prefetch(r->out + (long)(first + row + i) * r->columns + column + PANEL - 1, 1);
+            }
+          multiply_rows(K, left + row * step, step, b, next + (long)K * PANEL * g / groups, over(PANEL, groups), out, &soon);
+          /* At once: what is written waits for memory while the next rows are multiplied. */
+          if (whole && streamed)
+            finish(r, out, first + row, some, column, WIDTH, 2, 1);
+          else if (whole)
+            finish(r, out, first + row, some, column, WIDTH, 2, 0);
+          else
+            EACH_VECTOR(column, r->columns, { finish(r, out + c % PANEL, first + row, some, c, lanes, 1, 0); });
+        }
+        if (r->moments && whole)
+          note_moments(r, sums, here, tile, column, WIDTH, 2);
+        else if (r->moments)
+          EACH_VECTOR(column, r->columns, { note_moments(r, sums + c % PANEL, here, tile, c, lanes, 1); });
       }
     }
     free(left);
