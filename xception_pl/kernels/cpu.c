@@ -215,9 +215,10 @@ static void patch(const struct left *l, const float *image, int y, int x, const 
     const float *in = image + ((long)iy * l->width + ix) * C;
     int low = larger(from, base) - base, high = smaller(to, base + C) - base;
     if (plain && inside && low < high) {
-      int row = tap % side == 0 && ix + side <= l->width && high == C ? smaller(side, (to - base) / C) : 1; /* taps beside it */
-      memcpy(place(t, base + low) + pixel * t->step, in + low, sizeof(float) * (size_t)(high - low + (row - 1) * C));
-      tap += row - 1;
+      int taps = 1; /* that lie together in memory */
+      if (tap % side == 0 && ix + side <= l->width && high == C) taps = smaller(side, (to - base) / C);
+      memcpy(place(t, base + low) + pixel * t->step, in + low, sizeof(float) * (size_t)(taps * C - low + high - C));
+      tap += taps - 1;
       continue;
     }
     for (int c = low; c < high;) { /* vectors end where a panel of columns ends */
@@ -365,7 +366,8 @@ inline_always void finish(const struct right *r, const float *sums, int first, i
 }
 
 /* The moments of `group` vectors of a panel, over a tile of `rows`. */
-inline_always void note_moments(const struct right *r, const float *sums, int rows, int tile, int c, int lanes, int group) {
+inline_always void note_moments(const struct right *r, const float *sums, int rows, int tile, int c, int lanes,
+                                int group) {
   vec mean[2][2] = {0}, squares[2][2] = {0}; /* of even and odd rows: a sum waits for itself */
   int even = rows / 2 * 2;
 #define EACH_ROW(...)                                                                                       \
@@ -422,17 +424,18 @@ int product(const struct left *l, const struct right *r, int threads) {
       fill(l, first, here, &t, 0, K);
       struct fetch soon = new_input(l, (long)(next / shares) * rows, rows, panels / shares * over(here, ROWS));
       for (int panel = share * panels / shares; panel < (share + 1) * panels / shares; panel++) {
-        const float *b = r->packed + (long)panel * K * PANEL, *next = b + (long)K * PANEL;
+        const float *b = r->packed + (long)panel * K * PANEL;
         int column = panel * PANEL, whole = column + PANEL <= r->columns, groups = over(here, ROWS);
         for (int g = 0; g < groups; g++) {
           int row = g * ROWS, some = smaller(ROWS, here - row);
           float *out = sums + row * PANEL;
-          if (!streamed)
-            for (int i = 0; i < some; i++) {
-              if (r->added) __builtin_prefetch(r->added + (long)(first + row + i) * r->columns + column + PANEL - 1);
-              __builtin_prefetch(r->out + (long)(first + row + i) * r->columns + column + PANEL - 1, 1);
-            }
-          multiply_rows(K, left + row * step, step, b, next + (long)K * PANEL * g / groups, over(PANEL, groups), out, &soon);
+          for (int i = 0; i < some && !streamed; i++) { /* lines that the writing will need */
+            long last = (long)(first + row + i) * r->columns + column + PANEL - 1;
+            if (r->added) __builtin_prefetch(r->added + last);
+            __builtin_prefetch(r->out + last, 1);
+          }
+          const float *share_of_next = b + (long)K * PANEL * (groups + g) / groups;
+          multiply_rows(K, left + row * step, step, b, share_of_next, over(PANEL, groups), out, &soon);
           /* At once: what is written waits for memory while the next rows are multiplied. */
           if (whole && streamed)
             finish(r, out, first + row, some, column, WIDTH, 2, 1);
@@ -653,12 +656,13 @@ struct depthwise_gradient {
 
 enum { SPAN = 80 }; /* pixels of a row at a time */
 
-/* Pixels [x0, x1) of a row, for a vector of channels. Every column of the gradient is read once; it takes part in the sums
- * of three pixels and, with what these three read, in the taps. */
-inline_always void depthwise_span(const struct depthwise_gradient *d, int row, int x0, int x1, int fresh, float *part, int c,
+/* A span of a row from pixel x0 on, for a vector of channels. Every column of the gradient is read once; it takes part in
+ * the sums of three pixels and, with what these three read, in the taps. */
+inline_always void depthwise_span(const struct depthwise_gradient *d, int row, int x0, int fresh, float *part, int c,
                                   int lanes) {
   const struct left *l = d->left;
   int C = l->channels, W = l->width, H = l->height, y = row % H, e = l->dilation, s = d->added_stride;
+  int x1 = smaller(W, x0 + SPAN);
   const vec zero = {0}, floor = splat(l->floor);
   vec scale = l->scale ? load(l->scale + c, lanes) : splat(1), shift = l->scale ? load(l->shift + c, lanes) : zero;
   vec middle = d->mean ? load(d->mean + c, lanes) : zero, sum = zero, product = zero, taps[3][3], w[3][3];
@@ -668,7 +672,10 @@ inline_always void depthwise_span(const struct depthwise_gradient *d, int row, i
   for (int i = 0; i < 3; i++) {
     int at = y - (i - 1) * e, inside = at >= 0 && at < H;
     from[i] = d->g + line - (inside ? (long)(i - 1) * e * W * C : 0);
-    for (int j = 0; j < 3; j++) taps[i][j] = zero, w[i][j] = inside ? load(l->depthwise + (3 * i + j) * C + c, lanes) : zero;
+    for (int j = 0; j < 3; j++) {
+      taps[i][j] = zero;
+      w[i][j] = inside ? load(l->depthwise + (3 * i + j) * C + c, lanes) : zero;
+    }
   }
   if (added && y % s == 0)
     added += ((long)(row / H * over(H, s) + y / s) * over(W, s)) * C + c;
@@ -680,8 +687,7 @@ inline_always void depthwise_span(const struct depthwise_gradient *d, int row, i
     for (int x = start - e; x - e < x1; x += e) { /* `last` and `now` are the sums of pixels x - e and x */
       vec next = zero;
       if (x >= 0 && x < W) {
-        const float *ahead = in + (long)x * C + PANEL;
-        if (c % PANEL == 0) __builtin_prefetch(ahead);
+        if (c % PANEL == 0) __builtin_prefetch(in + (long)x * C + PANEL); /* here and below: the next vectors' line */
 #pragma GCC unroll 3
         for (int i = 0; i < 3; i++) {
           const float *at = from[i] + (long)x * C;
@@ -718,13 +724,14 @@ inline_always void depthwise_span(const struct depthwise_gradient *d, int row, i
 }
 
 void depthwise_backward(const struct depthwise_gradient *d, int threads) {
-  int C = d->left->channels, rows = d->left->batch * d->left->height, share = larger(4, over(rows, MOST)), tasks = over(rows, share);
+  int C = d->left->channels, rows = d->left->batch * d->left->height;
+  int share = larger(4, over(rows, MOST)), tasks = over(rows, share); /* a task's rows read two more of the gradient */
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int task = 0; task < tasks; task++)
     for (int row = task * share; row < smaller(rows, (task + 1) * share); row++)
       for (int x = 0; x < d->left->width; x += SPAN)
         EACH_VECTOR(0, C, {
-          depthwise_span(d, row, x, smaller(d->left->width, x + SPAN), row == task * share && !x, d->parts + task * 11L * C, c, lanes);
+          depthwise_span(d, row, x, row == task * share && !x, d->parts + task * 11L * C, c, lanes);
         });
   join(d->parts, tasks, 11L * C, d->sums, threads);
 }
