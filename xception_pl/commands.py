@@ -156,16 +156,20 @@ def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: progress.advance(task, count)
 
 
+def print_error(sentence: object) -> None:
+    """A line on standard error, its end in the same piece: several processes may write there at once."""
+    sys.stderr.write(f"error: {sentence}\n")
+
+
 @contextmanager
 def one_sentence_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Turns users' mistakes into one line each on standard error and exit code 2."""
     try:
         yield
     except RecipeError as error:
-        # each line in one piece, its end too: several processes may write here
         for problem in error.problems:
-            sys.stderr.write(f"error: {problem}\n")
+            print_error(problem)
         raise SystemExit(MISTAKE) from None
     except kinds as error:
-        sys.stderr.write(f"error: {error}\n")
+        print_error(error)
         raise SystemExit(MISTAKE) from None

@@ -19,7 +19,7 @@ from xception_pl.build import (
     find_devices,
     find_nodes,
 )
-from xception_pl.commands import FAILED, Arguments
+from xception_pl.commands import FAILED, Arguments, print_error
 from xception_pl.data import native
 from xception_pl.data.config import idle_augment
 from xception_pl.data.datamodule import ImageNetDataModule
@@ -235,7 +235,7 @@ def train(
     except (NotFinite, GivenUp) as error:  # all ranks raise them at the same step
         code = FAILED
         if trainer.is_global_zero:
-            print(f"error: {error} {checkpoints.last_good()}", file=sys.stderr)
+            print_error(f"{error} {checkpoints.last_good()}")
     except Exception as error:
         if trainer.world_size > 1:
             watchdog.failed(error)
@@ -243,14 +243,14 @@ def train(
             error.add_note(checkpoints.last_good())
             raise
         code = FAILED
-        print(f"error: {error} {checkpoints.last_good()}", file=sys.stderr)
+        print_error(f"{error} {checkpoints.last_good()}")
     watchdog.close()
     if trainer.is_global_zero:
         try:
             _write_results(prepared, trainer, log, finished=code == 0)
         except CannotWrite as error:
             code = FAILED
-            print(f"error: {error}", file=sys.stderr)
+            print_error(error)
         if stopped_by == "SIGUSR1" and (requeued := requeue()) is not None:  # last: it ends this process
             print(requeued, flush=True)
     return code

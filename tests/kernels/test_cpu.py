@@ -80,7 +80,7 @@ def block(
     return lively(Block(channels, widths, conv, **options))
 
 
-@pytest.mark.parametrize("size", [(10, 10), (19, 19), (37, 9), (1, 4), (74, 5)])
+@pytest.mark.parametrize("size", [(10, 10), (19, 19), (37, 9), (1, 4), (74, 5), (3, 171)])
 @pytest.mark.parametrize(
     ("channels", "widths", "options"),
     [

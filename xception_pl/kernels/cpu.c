@@ -413,11 +413,11 @@ int product(const struct left *l, const struct right *r, int threads) {
     struct tile t = {left, step, 0, 0};
     failed = !left || !sums;
     if (!failed) memset(left, 0, sizeof(float) * (size_t)rows * step);
-    int task, next; /* taken before they are needed, so that their input can be fetched */
+    int next; /* taken before it is needed, so that its input can be fetched */
 #pragma omp atomic capture
     next = taken++;
     while (!failed && next < tiles * shares) {
-      task = next;
+      int task = next;
 #pragma omp atomic capture
       next = taken++;
       int tile = task / shares, share = task % shares, first = tile * rows, here = smaller(rows, count - first);
